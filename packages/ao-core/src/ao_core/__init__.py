@@ -1,0 +1,92 @@
+"""Quantization and sparsity for PyTorch, extended by ``pip install``.
+
+``import ao_core as ao`` gives the public names below; each is imported when first used, so that this
+import is quick and ``ao --help`` needs no torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from ao_core import registry as _registry
+from ao_core.hookspecs import hookimpl, hookspec
+
+if TYPE_CHECKING:
+    from ao_core import numerics, testing
+    from ao_core.algorithm import Algorithm
+    from ao_core.checkpoint import load, save
+    from ao_core.command import Command
+    from ao_core.convert import Report, apply_, quantize_
+    from ao_core.errors import (
+        AoError,
+        CheckpointError,
+        ModelError,
+        OptionError,
+        PlanError,
+        PluginError,
+        RejectedError,
+        UnknownNameError,
+    )
+    from ao_core.kernels import KERNELS, Kernel, Key, explain, use_provider
+    from ao_core.metrics import model_bytes, perplexity, sqnr, stored_bytes
+    from ao_core.models import load_model
+    from ao_core.ops import OPS, Op
+    from ao_core.plan import Choice, Plan, Rule, resolve
+    from ao_core.registry import Fault
+    from ao_core.scheme import Scheme, parse_scheme, schemes
+    from ao_core.tensor import QuantizedTensor
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "algorithm": ["Algorithm"],
+    "checkpoint": ["load", "save"],
+    "command": ["Command"],
+    "convert": ["Report", "apply_", "quantize_"],
+    "errors": [
+        "AoError", "CheckpointError", "ModelError", "OptionError", "PlanError", "PluginError",
+        "RejectedError", "UnknownNameError",
+    ],
+    "kernels": ["KERNELS", "Kernel", "Key", "explain", "use_provider"],
+    "metrics": ["model_bytes", "perplexity", "sqnr", "stored_bytes"],
+    "models": ["load_model"],
+    "ops": ["OPS", "Op"],
+    "plan": ["Choice", "Plan", "Rule", "resolve"],
+    "registry": ["Fault"],
+    "scheme": ["Scheme", "parse_scheme", "schemes"],
+    "tensor": ["QuantizedTensor"],
+}  # fmt: skip
+_WHERE = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "Algorithm", "AoError", "CheckpointError", "Choice", "Command", "Fault", "KERNELS", "Kernel", "Key",
+    "ModelError", "OPS", "Op", "OptionError", "Plan", "PlanError", "PluginError", "QuantizedTensor",
+    "RejectedError", "Report", "Rule", "Scheme", "UnknownNameError", "__version__", "apply_", "explain",
+    "hookimpl", "hookspec", "load", "load_model", "model_bytes", "numerics", "parse_scheme",
+    "perplexity", "quantize_", "resolve", "save", "schemes", "sqnr", "stored_bytes",
+    "testing", "use_provider",
+]  # fmt: skip
+
+
+def _load_plugins() -> None:
+    from ao_core.plugins import load
+
+    load()
+
+
+_registry.set_loader(_load_plugins)
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("numerics", "testing"):
+        return importlib.import_module(f"ao_core.{name}")
+    if name not in _WHERE:
+        raise AttributeError(f"module 'ao_core' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"ao_core.{_WHERE[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

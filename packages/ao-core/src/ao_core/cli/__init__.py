@@ -1,0 +1,67 @@
+"""The command line ``ao``. Importing it imports no torch: commands do that when they run."""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import Any
+
+import typer
+
+from ao_core import plugins
+from ao_core.cli import listing, modelling, output
+from ao_core.errors import AoError
+
+BUILT_IN = {
+    "plugins": listing.list_plugins,
+    "schemes": listing.list_schemes,
+    "kernels": listing.list_kernels,
+    "quantize": modelling.quantize,
+    "eval": modelling.evaluate,
+}
+
+
+def build() -> typer.Typer:
+    """The whole command line: ao's own commands, and those of every plugin."""
+    app = typer.Typer(
+        name="ao",
+        help="Make PyTorch models smaller and faster: quantize, measure, compare.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(_root)
+    for name, function in BUILT_IN.items():
+        app.command(name)(function)
+    for command, _ in plugins.commands():
+        if isinstance(command.run, typer.Typer):
+            app.add_typer(command.run, name=command.name)
+        else:
+            app.command(command.name)(command.run)
+    return app
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line and exit: 0 done, 1 failed, 2 wrong usage."""
+    warnings.showwarning = _show_warning
+    try:
+        build()(args=arguments, prog_name="ao", standalone_mode=True)
+    except AoError as error:
+        output.fail(str(error))
+        sys.exit(1)
+
+
+def _root(
+    version: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True),
+) -> None:
+    if version:
+        from ao_core import __version__
+
+        typer.echo(f"ao {__version__}")
+        raise typer.Exit
+
+
+def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
+    if issubclass(category, plugins.PluginWarning):
+        output.warn(str(message))

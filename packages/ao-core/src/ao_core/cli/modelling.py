@@ -1,0 +1,172 @@
+"""``ao quantize`` and ``ao eval``: what they do to a model, and what it costs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from ao_core.cli import output
+from ao_core.cli.listing import Json
+from ao_core.errors import OptionError
+
+if TYPE_CHECKING:
+    import torch
+
+MODEL_HELP = "A Hugging Face directory or hub id, a GGUF file, or a directory that ao saved."
+Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
+Dtype = Annotated[
+    str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")]
+
+
+def quantize(
+    model: Model,
+    scheme: Annotated[
+        str, typer.Option(metavar="S", help="NAME or NAME:OPTION=VALUE,...; see 'ao schemes'.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to save.")],
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Only layers that match.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="No layers that match.")
+    ] = None,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Quantize MODEL's linear layers without data, and save it."""
+    output.show_log(verbose)
+    from ao_core.checkpoint import save
+    from ao_core.convert import quantize_
+    from ao_core.models import load_model
+    from ao_core.scheme import parse_scheme
+    from ao_core.shards import check_target
+
+    made = parse_scheme(scheme)
+    check_target(out)
+    output.say(f"loading {model}")
+    loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    report = quantize_(
+        loaded.model, made, include=include or None, exclude=exclude or None, progress=True
+    )
+    save(loaded.model, out, plan=report.plan, tokenizer=loaded.tokenizer)
+    if json:
+        output.as_json({"scheme": str(made), "saved": str(out), **report.to_dict()})
+        return
+    _show_report(report, str(made), out)
+
+
+def evaluate(
+    model: Model,
+    text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to score.")],
+    context: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
+    stride: Annotated[int, typer.Option(min=1, help="Tokens between windows.")] = 256,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=2, help="Score the first so many tokens only.")
+    ] = None,
+    speed: Annotated[bool, typer.Option(help="Also time prefill and decode.")] = True,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    verbose: Verbose = False,
+    json: Json = False,
+) -> None:
+    """Measure MODEL: perplexity with its standard error, tokens a second, bytes."""
+    output.show_log(verbose)
+    from ao_core import metrics
+    from ao_core.models import load_model, tokenize_file
+    from ao_core.progress import reporting
+
+    if not text.is_file():
+        from ao_core.errors import ModelError
+
+        raise ModelError(f"there is no text file {text}. Give a UTF-8 text with --text FILE.")
+    output.say(f"loading {model}")
+    loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    tokens = tokenize_file(text, loaded.tokenizer, max_tokens=max_tokens)
+    with reporting("scoring") as show:
+        score = metrics.perplexity(
+            loaded.model, tokens, context=context, stride=stride, progress=show
+        )
+    timing = metrics.speed(loaded.model, tokens) if speed else None
+    result = {
+        "model": model,
+        "text": str(text),
+        "tokens": score.tokens_scored,
+        "context": context,
+        "stride": stride,
+        "perplexity": score.perplexity,
+        "perplexity_se": score.ppl_se,
+        "nll": score.nll,
+        "nll_se": score.nll_se,
+        "prefill_tokens_per_s": timing.prefill_tokens_per_s if timing else None,
+        "decode_tokens_per_s": timing.decode_tokens_per_s if timing else None,
+        "bytes": metrics.model_bytes(loaded.model).total,
+    }
+    if json:
+        output.as_json(result)
+        return
+    _show_evaluation(result)
+
+
+def parse_dtype(text: str | None) -> torch.dtype | None:
+    """The torch dtype that ``text`` names, or None.
+
+    Raises:
+        OptionError: another word.
+    """
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text is not None and text not in known:
+        raise OptionError(f"--dtype takes {', '.join(known)}, and was given {text!r}.")
+    return None if text is None else known[text]
+
+
+def parse_device(text: str) -> torch.device:
+    """The torch device that ``text`` names.
+
+    Raises:
+        OptionError: not a device, or one that is not present.
+    """
+    import torch
+
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {text!r} can't be used: {reason}. Try cpu.") from error
+    return device
+
+
+def _show_report(report: Any, scheme: str, out: Path) -> None:
+    before, after = report.converted_bytes_before, report.converted_bytes_after
+    rows = [
+        ["layers converted", len(report.converted)],
+        ["layers left alone", len(report.skipped)],
+        ["converted weights, MB", f"{output.megabytes(before)} -> {output.megabytes(after)}"],
+        ["whole model, MB", f"{output.megabytes(report.bytes_before)} -> {output.megabytes(report.bytes_after)}"],
+        ["saved to", out],
+    ]
+    output.table(f"{scheme}", ("", ""), rows)
+    if report.skipped:
+        output.table("\nleft alone", ("layer", "why"), sorted(report.skipped.items()))
+
+
+def _show_evaluation(result: dict[str, Any]) -> None:
+    rows = [
+        ["perplexity", f"{result['perplexity']:.4f} ± {result['perplexity_se']:.4f}"],
+        ["NLL per token", f"{result['nll']:.5f} ± {result['nll_se']:.5f}"],
+        ["tokens scored", result["tokens"]],
+        ["stored, MB", output.megabytes(result["bytes"])],
+    ]
+    for kind in ("prefill", "decode"):
+        if result[f"{kind}_tokens_per_s"] is not None:
+            rows.append([f"{kind}, tokens/s", f"{result[f'{kind}_tokens_per_s']:.1f}"])
+    output.table("", ("", ""), rows)

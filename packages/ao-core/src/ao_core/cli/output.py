@@ -1,0 +1,64 @@
+"""How the command line speaks: tables and results on standard output, everything else on standard error."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.markup import escape
+from rich.table import Table
+
+errors = Console(stderr=True, highlight=False)
+results = Console(highlight=False)
+
+
+def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print a table; long cells wrap, and columns that hold only numbers are right-aligned."""
+    cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
+    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        numeric = all(_is_number(row[index]) for row in cells) and bool(cells)
+        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in cells:
+        drawn.add_row(*map(escape, row))
+    results.print(drawn)
+
+
+def as_json(data: Any) -> None:
+    """Print ``data`` as JSON."""
+    print(json.dumps(data, indent=1, allow_nan=False))  # noqa: T201
+
+
+def say(text: str) -> None:
+    """A line about what is being done."""
+    errors.print(escape(text))
+
+
+def warn(text: str) -> None:
+    """A warning."""
+    errors.print(f"[yellow]warning:[/] {escape(text)}")
+
+
+def fail(text: str) -> None:
+    """An error."""
+    errors.print(f"[red]error:[/] {escape(text)}")
+
+
+def show_log(verbose: bool) -> None:
+    """Send log messages to standard error: warnings, and with ``verbose`` what was done too."""
+    handler = RichHandler(console=errors, show_time=False, show_path=False)
+    logging.getLogger("ao_core").setLevel(logging.INFO if verbose else logging.WARNING)
+    logging.basicConfig(handlers=[handler], format="%(message)s", force=True)
+
+
+def megabytes(count: float) -> str:
+    """Bytes as megabytes (10**6) with one decimal."""
+    return f"{count / 1e6:.1f}"
+
+
+def _is_number(text: str) -> bool:
+    return not text or text.lstrip("+-").replace(".", "", 1).replace(",", "").isdigit()

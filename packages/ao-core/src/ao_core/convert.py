@@ -1,0 +1,161 @@
+"""Replacing the weights of a model: by rules, or along a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from ao_core.errors import PlanError, RejectedError
+from ao_core.layers import Layer, find_layers
+from ao_core.metrics import model_bytes, stored_bytes
+from ao_core.plan import Plan, Rule, resolve
+from ao_core.progress import track
+from ao_core.scheme import Scheme, parse_scheme
+from ao_core.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        plan: every layer with its scheme or the reason why it was left alone.
+        bytes_before: stored bytes of the whole model before, tied weights counted once.
+        bytes_after: the same after.
+        converted_bytes_before: stored bytes of the converted weights before.
+        converted_bytes_after: the same after.
+    """
+
+    plan: Plan
+    bytes_before: int
+    bytes_after: int
+    converted_bytes_before: int
+    converted_bytes_after: int
+
+    @property
+    def converted(self) -> dict[str, str]:
+        """Converted layers: name → scheme."""
+        return {name: c.scheme for name, c in self.plan.layers.items() if c.scheme is not None}
+
+    @property
+    def skipped(self) -> dict[str, str]:
+        """Layers left alone: name → reason."""
+        return {name: c.reason for name, c in self.plan.layers.items() if c.scheme is None}
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as JSON-able data."""
+        return {
+            "converted": self.converted,
+            "skipped": self.skipped,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "converted_bytes_before": self.converted_bytes_before,
+            "converted_bytes_after": self.converted_bytes_after,
+        }
+
+    def __str__(self) -> str:
+        lines = [
+            f"{len(self.converted)} layers converted, {len(self.skipped)} left alone; "
+            f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB after"
+        ]
+        return "\n".join(lines + [f"  left alone: {n}: {why}" for n, why in self.skipped.items()])
+
+
+def quantize_(
+    model: nn.Module,
+    scheme: str | Scheme | Sequence[Rule],
+    *,
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+    progress: bool = False,
+    **options: Any,
+) -> Report:
+    """Quantize the linear layers of ``model`` in place, without data.
+
+    Args:
+        model: any module; ``nn.Linear`` weights in it are replaced by quantized tensors.
+        scheme: a scheme's name or text (``"int8-weight-only"``), a :class:`Scheme`, or a list of
+            :class:`Rule` for different schemes on different layers.
+        include: patterns of layers to convert; all by default. See :class:`Rule`.
+        exclude: patterns of layers to leave alone; they win over ``include``.
+        progress: show a progress bar.
+        **options: options of the scheme, such as ``group_size=64``.
+
+    Returns:
+        What was converted, what was left alone and why, and bytes before and after.
+
+    Raises:
+        UnknownNameError, OptionError: the scheme can't be made.
+        PlanError: a pattern matches nothing, or no layer can be converted.
+        RejectedError: a weight holds NaN or infinity.
+
+    The model is unchanged if it raises.
+    """
+    if isinstance(scheme, (str, Scheme)):
+        made = parse_scheme(scheme, **options)
+        rules = [Rule(pattern, None) for pattern in _patterns(exclude, ())]
+        rules += [Rule(pattern, made) for pattern in _patterns(include, ("*",))]
+    elif options or include is not None or exclude is not None:
+        raise PlanError("a list of rules takes no options, include or exclude: write them as rules.")
+    else:
+        rules = list(scheme)
+    return apply_(model, resolve(model, rules), progress=progress)
+
+
+def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
+    """Quantize the layers of ``model`` in place along ``plan``.
+
+    Tied weights are converted once and stay tied.
+
+    Raises:
+        PlanError: the plan names a layer that the model lacks.
+        RejectedError: a scheme rejects a weight, or a weight holds NaN or infinity.
+
+    The model is unchanged if it raises; until it returns, float and quantized weights are both held.
+    """
+    layers = find_layers(model).replaceable
+    work = {name: choice for name, choice in plan.layers.items() if choice.scheme is not None}
+    _check_layers(work, layers)
+    jobs = [(layers[name], parse_scheme(str(c.scheme)), c.provider) for name, c in work.items()]
+    for layer, scheme, _ in jobs:
+        _check_weight(layer, scheme)
+    before = model_bytes(model).total
+    weights: list[tuple[Layer, QuantizedTensor]] = []
+    for layer, scheme, provider in track(jobs, "quantizing", enabled=progress):
+        weights.append((layer, scheme.quantize(layer.weight, provider=provider)))
+    old = sum(stored_bytes(layer.weight) for layer, _ in weights)
+    for layer, quantized in weights:
+        _replace(layer, quantized)
+    new = sum(stored_bytes(quantized) for _, quantized in weights)
+    return Report(plan, before, model_bytes(model).total, old, new)
+
+
+def _patterns(given: str | Iterable[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:
+    if given is None:
+        return default
+    return (given,) if isinstance(given, str) else tuple(given)
+
+
+def _check_layers(work: Iterable[str], layers: dict[str, Layer]) -> None:
+    if missing := [name for name in work if name not in layers]:
+        raise PlanError(
+            f"the plan names {len(missing)} layers that this model can't convert: "
+            f"{', '.join(missing[:5])}. Was the plan made for another model, or applied already?"
+        )
+
+
+def _check_weight(layer: Layer, scheme: Scheme) -> None:
+    try:
+        scheme.check(layer.weight)
+    except RejectedError as error:
+        raise RejectedError(f"layer {layer.name!r}: {error} The model was not changed.") from error
+
+
+def _replace(layer: Layer, quantized: torch.Tensor) -> None:
+    parameter = nn.Parameter(quantized, requires_grad=False)
+    for module, attribute in layer.owners:
+        module.register_parameter(attribute, parameter)

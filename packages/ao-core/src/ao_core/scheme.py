@@ -1,0 +1,204 @@
+"""Schemes: how a float weight becomes a quantized tensor."""
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, TypeVar
+
+import torch
+
+from ao_core.errors import OptionError, RejectedError
+from ao_core.registry import Registry
+from ao_core.tensor import QuantizedTensor
+
+S = TypeVar("S", bound="Scheme")
+
+QParams = Mapping[str, torch.Tensor]
+"""Quantization parameters by name, each ``[..., N, G]``: one value a row and group of columns."""
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """Options of one way to quantize, and the free functions that do it.
+
+    A subclass is a frozen dataclass whose fields are its options, each with a default. It writes the
+    four steps; :meth:`quantize` is those in a row. ``encode`` and ``decode`` work on the whole weight,
+    or on some of its columns with the parameters of the one group these lie in, so that algorithms
+    such as GPTQ can run on any scheme.
+
+    Class attributes:
+        name: lower case with hyphens; what ``ao.quantize_(model, name)`` takes.
+        version: of the stored layout. Raise it when stored tensors change their meaning.
+        tensor_types: the tensor classes that :meth:`pack` returns.
+        min_sqnr: dB that a dequantized Gaussian weight reaches at least (checked by the kit).
+        min_linear_sqnr: dB of the linear's result against that of the dequantized weight, where the
+            activations are quantized too; infinite where they are not.
+        summary: one line for ``ao schemes``.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[int] = 1
+    tensor_types: ClassVar[tuple[type[QuantizedTensor], ...]] = ()
+    min_sqnr: ClassVar[float] = 0.0
+    min_linear_sqnr: ClassVar[float] = math.inf
+    summary: ClassVar[str] = ""
+
+    def rejects(self, weight: torch.Tensor) -> str | None:
+        """Why ``weight`` can't be quantized by this scheme, or None. Looks at metadata only.
+
+        A subclass with reasons of its own asks ``super().rejects(weight)`` first.
+        """
+        if isinstance(weight, QuantizedTensor):
+            return f"it is quantized already ({weight.scheme})"
+        if weight.device.type == "meta":
+            return "it lies on the meta device and has no values"
+        if weight.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            return f"its dtype is {weight.dtype}; float32, bfloat16 and float16 can be quantized"
+        if weight.ndim < 2 or weight.numel() == 0:
+            return f"its shape is {tuple(weight.shape)}; a non-empty [..., N, K] is needed"
+        return None
+
+    def choose_qparams(self, weight: torch.Tensor) -> QParams:
+        """Parameters for ``weight`` ``[..., N, K]``; each ``[..., N, G]``."""
+        raise NotImplementedError(f"{type(self).__name__} must define choose_qparams()")
+
+    def encode(self, weight: torch.Tensor, qparams: QParams) -> torch.Tensor:
+        """Integer codes of ``weight`` ``[..., N, C]``: all columns, or some within one group."""
+        raise NotImplementedError(f"{type(self).__name__} must define encode()")
+
+    def decode(self, codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
+        """The float32 values that ``codes`` ``[..., N, C]`` stand for; inverse of :meth:`encode`."""
+        raise NotImplementedError(f"{type(self).__name__} must define decode()")
+
+    def pack(
+        self, codes: torch.Tensor, qparams: QParams, *, dtype: torch.dtype
+    ) -> QuantizedTensor:
+        """The stored tensor for ``codes`` ``[..., N, K]``; ``dtype`` is the outer dtype."""
+        raise NotImplementedError(f"{type(self).__name__} must define pack()")
+
+    def quantize(self, weight: torch.Tensor, *, provider: str | None = None) -> QuantizedTensor:
+        """Quantize ``weight`` ``[..., N, K]``. The result shares no memory with it.
+
+        Raises:
+            RejectedError: with the reason of :meth:`rejects`, or if the weight holds NaN or infinity.
+        """
+        self.check(weight)
+        with torch.no_grad():
+            weight = weight.detach()
+            qparams = self.choose_qparams(weight)
+            packed = self.pack(self.encode(weight, qparams), qparams, dtype=weight.dtype)
+        packed.scheme, packed.provider = str(self), provider
+        return packed
+
+    def check(self, weight: torch.Tensor) -> None:
+        """Raise :class:`~ao_core.errors.RejectedError` unless ``weight`` can be quantized."""
+        reason = Scheme.rejects(self, weight) or self.rejects(weight)
+        if reason is None:
+            bad = int((~torch.isfinite(weight)).sum())
+            reason = f"{bad} of its {weight.numel()} values are NaN or infinite" if bad else None
+        if reason is not None:
+            raise RejectedError(f"{self} can't quantize this weight: {reason}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Name, version and all options, JSON-able."""
+        return {"name": self.name, "version": self.version, "options": dataclasses.asdict(self)}
+
+    @classmethod
+    def from_dict(cls: type[S], data: Mapping[str, Any]) -> S:
+        """The inverse of :meth:`to_dict`, on the class of that name.
+
+        Raises:
+            OptionError: another name or version, or an option that this class does not have.
+        """
+        if data["name"] != cls.name or data["version"] != cls.version:
+            raise OptionError(
+                f"{data['name']!r} version {data['version']} was asked for, and the installed scheme is "
+                f"{cls.name!r} version {cls.version}. Install the version that wrote it."
+            )
+        return cls._make(data["options"])
+
+    def __str__(self) -> str:
+        changed = [
+            f"{field.name}={getattr(self, field.name)}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name) != field.default
+        ]
+        return self.name + (":" + ",".join(changed) if changed else "")
+
+    @classmethod
+    def _make(cls: type[S], options: Mapping[str, Any]) -> S:
+        known = [field.name for field in dataclasses.fields(cls)]
+        if unknown := sorted(set(options) - set(known)):
+            raise OptionError(
+                f"scheme {cls.name!r} has no option {', '.join(map(repr, unknown))}; "
+                f"it has {', '.join(known) or 'none'}."
+            )
+        return cls(**options)
+
+
+def parse_scheme(text: str | Scheme, **options: Any) -> Scheme:
+    """The scheme that a text such as ``"int4-weight-only:group_size=64"`` names.
+
+    Args:
+        text: ``NAME`` or ``NAME:OPTION=VALUE,...``; a :class:`Scheme` is returned as it is.
+        **options: more options; these win over those in the text.
+
+    Raises:
+        UnknownNameError: no installed plugin provides that scheme.
+        OptionError: an option it does not have, or a value it does not take.
+    """
+    if isinstance(text, Scheme):
+        return dataclasses.replace(text, **options) if options else text
+    name, _, tail = text.partition(":")
+    given: dict[str, Any] = {}
+    for part in filter(None, tail.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            raise OptionError(f"{text!r} must read NAME:OPTION=VALUE,...; {part!r} has no '='.")
+        given[key.strip()] = _value(value.strip())
+    return SCHEMES.get(name.strip())._make({**given, **options})
+
+
+def schemes() -> dict[str, type[Scheme]]:
+    """Every installed scheme class by name, sorted."""
+    return {name: entry.item for name, entry in SCHEMES.entries().items()}
+
+
+def invalid_scheme(item: Any) -> str | None:
+    """Why ``item`` can't be registered as a scheme, or None."""
+    if not (isinstance(item, type) and issubclass(item, Scheme)):
+        return "not a subclass of ao_core.Scheme"
+    name = getattr(item, "name", None)
+    if not isinstance(name, str) or not re.fullmatch(r"[a-z0-9][a-z0-9-]*", name):
+        return f"its name {name!r} must be lower case letters, digits and hyphens"
+    if not isinstance(item.version, int) or item.version < 1:
+        return f"its version {item.version!r} must be a whole number from 1"
+    if "__dataclass_params__" not in vars(item) or not item.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+        return "it must be decorated with @dataclass(frozen=True)"
+    if any(_required(field) for field in dataclasses.fields(item)):
+        return "each of its options needs a default"
+    types = item.tensor_types
+    if not types or not all(isinstance(t, type) and issubclass(t, QuantizedTensor) for t in types):
+        return "tensor_types must list the QuantizedTensor classes that pack() returns"
+    return None
+
+
+def _required(field: dataclasses.Field[Any]) -> bool:
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
+
+
+def _value(text: str) -> Any:
+    if text.lower() in ("true", "false", "none"):
+        text = text.capitalize()
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+SCHEMES: Registry[type[Scheme]] = Registry("scheme")

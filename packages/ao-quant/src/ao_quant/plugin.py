@@ -1,0 +1,38 @@
+"""What ao-quant registers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from ao_core import hookimpl
+
+if TYPE_CHECKING:
+    import torch
+
+
+@hookimpl
+def ao_register_schemes() -> list[Any]:
+    from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
+
+    return [Int8WeightOnly, Int8Dynamic]
+
+
+@hookimpl
+def ao_register_ops() -> list[Any]:
+    from ao_quant.int8_ops import INT8_DYNAMIC_LINEAR, INT8_WEIGHT_LINEAR
+
+    return [INT8_WEIGHT_LINEAR, INT8_DYNAMIC_LINEAR]
+
+
+@hookimpl
+def ao_register_kernels() -> list[Any]:
+    from ao_quant.int8_ops import KERNELS
+
+    return KERNELS
+
+
+@hookimpl
+def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> list[Any]:
+    from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
+
+    return [Int8WeightOnly(), Int8Dynamic()]
