@@ -1,0 +1,187 @@
+"""The demo: a real language model, quantized with every installed scheme, and what each costs.
+
+Loads SmolLM2-135M-Instruct, measures it in float, quantizes it with every scheme that is installed
+(the ternary example's too), shows a table, saves the best, loads it in a fresh process, compares the
+perplexity to the last digit, and lets it write a sentence.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import ao_core as ao
+import torch
+import typer
+from ao_core import metrics
+from data import smollm2_gguf, wiki_text
+from reparametrize import reparametrize_
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+console = Console(highlight=False)
+TOKENS, CONTEXT = 12_288, 512
+PROMPT = "The most important thing about the ocean is"
+
+
+@dataclass
+class Result:
+    """One row of the table."""
+
+    name: str
+    report: ao.Report | None
+    score: metrics.Perplexity
+    speed: metrics.Speed
+    bytes: int
+    delta: metrics.Delta | None = None
+
+
+def main(
+    out: Annotated[Path, typer.Option(help="Where to save the best model.")] = Path("smollm2-ao"),
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    max_delta: Annotated[float, typer.Option(help="NLL that the best may lose.")] = 0.05,
+    results: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON.")] = None,
+) -> None:
+    """Quantize SmolLM2 with every installed scheme and show what each costs."""
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    start = time.perf_counter()
+    with _progress() as bar:
+        step = bar.add_task("loading SmolLM2-135M", total=None)
+        loaded = ao.load_model(str(smollm2_gguf()))
+        reparametrize_(loaded.model)
+        model = loaded.model.to(getattr(torch, dtype))
+        text = wiki_text("evaluation")
+        tokens = torch.tensor(loaded.tokenizer(text[: TOKENS * 8], verbose=False)["input_ids"][:TOKENS])
+        names = list(ao.schemes())
+        bar.update(step, total=(1 + len(names)) * (TOKENS // CONTEXT), completed=0)
+        rows = [_measure("float", model, None, tokens, bar, step)]
+        best: tuple[Result, Any] | None = None
+        for name in names:
+            quantized = copy.deepcopy(model)
+            report = ao.quantize_(quantized, name)
+            row = _measure(name, quantized, report, tokens, bar, step)
+            row.delta = metrics.delta_nll(rows[0].score, row.score)
+            rows.append(row)
+            if row.delta.mean <= max_delta and (best is None or row.bytes < best[0].bytes):
+                best = (row, quantized)
+    _show(rows, dtype)
+    if best is None:
+        console.print(f"No scheme loses {max_delta} nats a token or less: the float model stays best.")
+        return
+    row, quantized = best
+    ao.save(quantized, out, plan=row.report.plan if row.report else None, tokenizer=loaded.tokenizer)
+    console.print(f"Best, smallest that loses at most {max_delta}: {row.name}, saved to {out}")
+    _check(out, tokens, row)
+    console.print(f"{time.perf_counter() - start:.0f} s in all")
+    if results:
+        results.write_text(json.dumps(_data(rows, dtype), indent=1) + "\n", encoding="utf-8")
+
+
+def _measure(
+    name: str, model: Any, report: ao.Report | None, tokens: torch.Tensor, bar: Progress, step: Any
+) -> Result:
+    bar.update(step, description=name)
+    done = bar.tasks[step].completed
+    score = metrics.perplexity(
+        model,
+        tokens,
+        context=CONTEXT,
+        progress=lambda now, total: bar.update(step, completed=done + now),
+    )
+    speed = metrics.speed(model, tokens)
+    return Result(name, report, score, speed, metrics.model_bytes(model).total)
+
+
+def _show(rows: list[Result], dtype: str) -> None:
+    table = Table(box=None, pad_edge=False, title_justify="left")
+    for column in ("scheme", "layers", "MB", "perplexity", "ΔNLL ± SE", "decode", "prefill"):
+        table.add_column(column, justify="left" if column == "scheme" else "right")
+    for row in rows:
+        delta = "" if row.delta is None else f"{row.delta.mean:+.4f} ± {row.delta.se:.4f}"
+        layers = "" if row.report is None else str(len(row.report.converted))
+        decode = "-" if row.speed.decode_tokens_per_s is None else f"{row.speed.decode_tokens_per_s:.1f}"
+        table.add_row(
+            row.name, layers, f"{row.bytes / 1e6:.1f}", f"{row.score.perplexity:.3f}", delta, decode,
+            f"{row.speed.prefill_tokens_per_s:.0f}",
+        )  # fmt: skip
+    console.print(table)
+    console.print(
+        f"SmolLM2-135M-Instruct, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
+        f"{rows[0].score.tokens_scored} tokens of Wikipedia; decode and prefill in tokens/s"
+    )
+    skipped = {n: why for row in rows if row.report for n, why in row.report.skipped.items()}
+    for name, why in skipped.items():
+        console.print(f"left alone: {name}: {why}", markup=False)
+
+
+def _check(out: Path, tokens: torch.Tensor, row: Result) -> None:
+    """Load ``out`` in a fresh process, and compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "tokens.json"
+        file.write_text(json.dumps(tokens.tolist()))
+        command = [sys.executable, __file__, "--fresh", str(out), str(file)]
+        answer = subprocess.run(command, check=True, capture_output=True, text=True)
+    fresh = json.loads(answer.stdout.splitlines()[-1])
+    same = fresh["perplexity"] == row.score.perplexity
+    verdict = "the same to the last digit" if same else "NOT the same"
+    console.print(f"Fresh process: perplexity {fresh['perplexity']!r}, {verdict}")
+    console.print(f"It writes: {fresh['sentence']}", markup=False)
+    if not same:
+        sys.exit(1)
+
+
+def _fresh(directory: str, tokens_file: str) -> None:
+    torch.set_num_threads(min(2, torch.get_num_threads()))
+    loaded = ao.load_model(directory)
+    tokens = torch.tensor(json.loads(Path(tokens_file).read_text()))
+    score = metrics.perplexity(loaded.model, tokens, context=CONTEXT)
+    prompt = loaded.tokenizer(PROMPT, return_tensors="pt")
+    written = loaded.model.generate(**prompt, max_new_tokens=24, do_sample=False)
+    sentence = loaded.tokenizer.decode(written[0], skip_special_tokens=True)
+    print(json.dumps({"perplexity": score.perplexity, "sentence": sentence}))
+
+
+def _data(rows: list[Result], dtype: str) -> dict[str, Any]:
+    from ao_core.plan import fingerprint
+
+    return {
+        "command": "hatch run demo:run --results FILE",
+        "fingerprint": fingerprint(),
+        "dtype": dtype,
+        "tokens": rows[0].score.tokens_scored,
+        "rows": [
+            {
+                "scheme": row.name,
+                "bytes": row.bytes,
+                "linear_bytes_before": row.report.converted_bytes_before if row.report else None,
+                "linear_bytes_after": row.report.converted_bytes_after if row.report else None,
+                "layers_converted": len(row.report.converted) if row.report else 0,
+                "perplexity": row.score.perplexity,
+                "delta_nll": row.delta.mean if row.delta else None,
+                "delta_nll_se": row.delta.se if row.delta else None,
+                "decode_tokens_per_s": row.speed.decode_tokens_per_s,
+                "prefill_tokens_per_s": row.speed.prefill_tokens_per_s,
+            }
+            for row in rows
+        ],
+    }
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True), transient=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--fresh"]:
+        _fresh(*sys.argv[2:])
+    else:
+        typer.run(main)
