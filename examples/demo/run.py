@@ -17,15 +17,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import ao_core as ao
 import torch
 import typer
-from ao_core import metrics
 from data import smollm2_gguf, wiki_text
 from reparametrize import reparametrize_
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+import ao_core as ao
+from ao_core import metrics
 
 console = Console(highlight=False)
 TOKENS, CONTEXT = 12_288, 512
@@ -55,9 +56,9 @@ def main(
     start = time.perf_counter()
     with _progress() as bar:
         step = bar.add_task("loading SmolLM2-135M", total=None)
-        loaded = ao.load_model(str(smollm2_gguf()))
+        loaded = ao.load_model(str(smollm2_gguf()), dtype=getattr(torch, dtype))
         reparametrize_(loaded.model)
-        model = loaded.model.to(getattr(torch, dtype))
+        model = loaded.model
         text = wiki_text("evaluation")
         tokens = torch.tensor(loaded.tokenizer(text[: TOKENS * 8], verbose=False)["input_ids"][:TOKENS])
         names = list(ao.schemes())
@@ -70,7 +71,7 @@ def main(
             row = _measure(name, quantized, report, tokens, bar, step)
             row.delta = metrics.delta_nll(rows[0].score, row.score)
             rows.append(row)
-            if row.delta.mean <= max_delta and (best is None or row.bytes < best[0].bytes):
+            if row.delta.mean <= max_delta and (best is None or _better(row, best[0])):
                 best = (row, quantized)
     _show(rows, dtype)
     if best is None:
@@ -100,16 +101,23 @@ def _measure(
     return Result(name, report, score, speed, metrics.model_bytes(model).total)
 
 
+def _better(row: Result, other: Result) -> bool:
+    """Smaller, or as small and closer to float."""
+    if row.delta is None or other.delta is None:
+        return False
+    return (row.bytes, row.delta.mean) < (other.bytes, other.delta.mean)
+
+
 def _show(rows: list[Result], dtype: str) -> None:
-    table = Table(box=None, pad_edge=False, title_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 1))
     for column in ("scheme", "layers", "MB", "perplexity", "ΔNLL ± SE", "decode", "prefill"):
-        table.add_column(column, justify="left" if column == "scheme" else "right")
+        table.add_column(column, justify="left" if column == "scheme" else "right", no_wrap=True)
     for row in rows:
         delta = "" if row.delta is None else f"{row.delta.mean:+.4f} ± {row.delta.se:.4f}"
         layers = "" if row.report is None else str(len(row.report.converted))
         decode = "-" if row.speed.decode_tokens_per_s is None else f"{row.speed.decode_tokens_per_s:.1f}"
         table.add_row(
-            row.name, layers, f"{row.bytes / 1e6:.1f}", f"{row.score.perplexity:.3f}", delta, decode,
+            row.name, layers, f"{row.bytes / 1e6:.1f}", _short(row.score.perplexity), delta, decode,
             f"{row.speed.prefill_tokens_per_s:.0f}",
         )  # fmt: skip
     console.print(table)
@@ -120,6 +128,10 @@ def _show(rows: list[Result], dtype: str) -> None:
     skipped = {n: why for row in rows if row.report for n, why in row.report.skipped.items()}
     for name, why in skipped.items():
         console.print(f"left alone: {name}: {why}", markup=False)
+
+
+def _short(perplexity: float) -> str:
+    return f"{perplexity:.3f}" if perplexity < 1e5 else f"{perplexity:.2e}"
 
 
 def _check(out: Path, tokens: torch.Tensor, row: Result) -> None:

@@ -319,9 +319,7 @@ def test_the_mode_of_every_module_is_put_back():
 
 def test_progress_counts_windows():
     calls = []
-    perplexity(
-        Bigram(), text(50), context=10, batch_size=2, progress=lambda *call: calls.append(call)
-    )
+    perplexity(Bigram(), text(50), context=10, batch_size=2, progress=lambda *call: calls.append(call))
     assert calls == [(2, 5), (4, 5), (5, 5)]
 
 

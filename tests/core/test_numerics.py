@@ -65,9 +65,7 @@ def test_scales_are_those_of_each_group_alone(columns, group_size, dtype, device
             assert zero[n, g].item() == np.clip(-np.round(low / step), 0, 15)
 
 
-@pytest.mark.parametrize(
-    ("qmin", "qmax", "half"), [(-128, 127, 127.5), (-127, 127, 127), (-8, 7, 7.5)]
-)
+@pytest.mark.parametrize(("qmin", "qmax", "half"), [(-128, 127, 127.5), (-127, 127, 127), (-8, 7, 7.5)])
 def test_symmetric_divides_by_half_the_width(qmin, qmax, half):
     scale = affine.choose_symmetric(torch.tensor([[3.0, -half]]), qmin=qmin, qmax=qmax)
     assert scale.tolist() == [[1.0]]
@@ -78,9 +76,7 @@ def test_symmetric_divides_by_half_the_width(qmin, qmax, half):
 def test_affine_equals_the_observers(columns, dtype):
     weight = hard_rows(columns, dtype)
     whole = MinMaxObserver(torch.qint8, torch.per_tensor_affine, quant_min=-128, quant_max=127)
-    each = PerChannelMinMaxObserver(
-        0, torch.qint8, torch.per_channel_affine, quant_min=-128, quant_max=127
-    )
+    each = PerChannelMinMaxObserver(0, torch.qint8, torch.per_channel_affine, quant_min=-128, quant_max=127)
     for observer, view in ((whole, weight.reshape(1, -1)), (each, weight)):
         observer(weight)
         want_scale, want_zero = observer.calculate_qparams()
@@ -114,9 +110,7 @@ def test_codes_are_the_nearest(columns, group_size, dtype, symmetric, device):
     else:
         scale, zero = affine.choose_affine(weight, qmin=qmin, qmax=qmax, group_size=group_size)
     kept = weight.clone()
-    codes = affine.quantize(
-        weight, scale, qmin=qmin, qmax=qmax, zero_point=zero, group_size=group_size
-    )
+    codes = affine.quantize(weight, scale, qmin=qmin, qmax=qmax, zero_point=zero, group_size=group_size)
     assert torch.equal(weight, kept)
     assert codes.dtype == torch.int8
     assert codes.shape == weight.shape
@@ -140,9 +134,7 @@ def test_rounding_is_half_to_even():
 def test_codes_are_clamped_into_the_dtype_asked_for():
     weight = torch.tensor([[-1e30, -torch.inf, 0.0, 7.0, torch.inf]])
     zero = torch.full((1, 1), 3, dtype=torch.int32)
-    codes = affine.quantize(
-        weight, torch.ones(1, 1), qmin=0, qmax=15, zero_point=zero, dtype=torch.uint8
-    )
+    codes = affine.quantize(weight, torch.ones(1, 1), qmin=0, qmax=15, zero_point=zero, dtype=torch.uint8)
     assert codes.dtype == torch.uint8
     assert codes.tolist() == [[0, 0, 3, 10, 15]]
 
@@ -157,9 +149,7 @@ def test_leading_dims_are_a_loop(lead):
     codes = affine.quantize(weight, scale, zero_point=zero, **options)
     for i, one in enumerate(flat):
         s, z = affine.choose_affine(one, qmin=0, qmax=255, group_size=32)
-        assert torch.equal(
-            codes.reshape(flat.shape)[i], affine.quantize(one, s, zero_point=z, **options)
-        )
+        assert torch.equal(codes.reshape(flat.shape)[i], affine.quantize(one, s, zero_point=z, **options))
 
 
 def test_a_column_or_a_group_alone_gets_the_codes_it_has_in_the_whole():
@@ -174,9 +164,7 @@ def test_a_column_or_a_group_alone_gets_the_codes_it_has_in_the_whole():
         assert torch.equal(affine.dequantize(column, own, group_size=32), back[:, j : j + 1])
     for g, group in enumerate(weight.split(32, 1)):
         own = scale[:, g : g + 1]
-        assert torch.equal(
-            affine.quantize(group, own, qmin=-8, qmax=7), whole[:, 32 * g : 32 * (g + 1)]
-        )
+        assert torch.equal(affine.quantize(group, own, qmin=-8, qmax=7), whole[:, 32 * g : 32 * (g + 1)])
 
 
 def test_expand_groups():
@@ -278,9 +266,7 @@ def test_bad_arguments_of_per_token():
         affine.quantize_per_token(make(2, 2), eps=0)
     with pytest.raises(TypeError, match="float"):
         affine.quantize_per_token(torch.ones(2, 2, dtype=torch.int8))
-    assert affine.quantize_per_token(torch.full((1, 3), 1e-20), eps=1e-30)[0].tolist() == [
-        [127] * 3
-    ]
+    assert affine.quantize_per_token(torch.full((1, 3), 1e-20), eps=1e-30)[0].tolist() == [[127] * 3]
 
 
 LEVELS = {
@@ -426,9 +412,7 @@ def test_bad_arguments_of_pack():
 
 def round_trip(weight):
     scale, zero = affine.choose_affine(weight, qmin=0, qmax=15, group_size=32)
-    codes = affine.quantize(
-        weight, scale, qmin=0, qmax=15, zero_point=zero, group_size=32, dtype=torch.uint8
-    )
+    codes = affine.quantize(weight, scale, qmin=0, qmax=15, zero_point=zero, group_size=32, dtype=torch.uint8)
     packed = pack.pack(codes, bits=4)
     codes = pack.unpack(packed, bits=4, columns=weight.shape[-1])
     return affine.dequantize(codes, scale, zero_point=zero, group_size=32), packed

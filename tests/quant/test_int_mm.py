@@ -85,6 +85,28 @@ def test_exact_at_the_largest_sums(pair, k, device):
     check(a, b)
 
 
+def test_padding_for_cuda_gives_it_only_shapes_that_it_takes(monkeypatch):
+    """The rules of torch's CUDA kernel, kept by a stand-in, so that any machine checks the padding."""
+    product = torch._int_mm
+
+    def fussy(a, b):
+        (m, k), n = a.shape, b.shape[1]
+        if m <= 16 or k == 0 or n == 0 or k % 8 or n % 8:
+            raise RuntimeError(f"refused {m}, {k}, {n}")
+        calls.append((m, k, n))
+        return product(a, b)
+
+    calls = []
+    monkeypatch.setattr(torch, "_int_mm", fussy)
+    for m, k, n in itertools.product(SIZES, SIZES, SIZES):
+        a, b = codes(m, k), codes(k, n, seed=1)
+        got = module._cuda_mm(a, b)
+        assert got.is_contiguous()
+        assert torch.equal(got, (a.long() @ b.long()).int())
+    assert (17, 576, 576) in calls
+    assert (100, 576, 576) in calls
+
+
 def test_exact_on_a_cpu_without_vnni():
     """Where oneDNN saturates; its environment variable is read once, hence a fresh process."""
     code = """

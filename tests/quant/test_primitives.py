@@ -39,9 +39,7 @@ def int8_weight(n, k, dtype=torch.float32, device="cpu"):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("target", "low", "high"), [(torch.int8, -128, 127), (torch.uint8, 0, 255)]
-)
+@pytest.mark.parametrize(("target", "low", "high"), [(torch.int8, -128, 127), (torch.uint8, 0, 255)])
 @pytest.mark.parametrize("shape", [(1,), (17, 63), (2, 3, 100), (576, 4)])
 def test_per_tensor_equals_the_observer(shape, target, low, high, dtype):
     x = make(*shape, dtype=dtype)
@@ -68,9 +66,7 @@ def test_per_tensor_equals_the_observer(shape, target, low, high, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_per_tensor_sqnr(dtype):
     x = uniform(32, 32).to(dtype)
-    back = q.dequantize_per_tensor(
-        *q.dynamically_quantize_per_tensor(x, -128, 127, torch.int8), dtype
-    )
+    back = q.dequantize_per_tensor(*q.dynamically_quantize_per_tensor(x, -128, 127, torch.int8), dtype)
     assert sqnr(x, back) > 45
 
 
@@ -91,9 +87,7 @@ def test_per_tensor_survives_what_float16_does_not():
     x = torch.tensor([-65504.0, 0.0, 65504.0], dtype=torch.float16)
     codes, scale, zero = q.dynamically_quantize_per_tensor(x, -128, 127, torch.int8)
     assert torch.isfinite(scale).all()
-    torch.testing.assert_close(
-        q.dequantize_per_tensor(codes, scale, zero), x.float(), rtol=0.01, atol=0
-    )
+    torch.testing.assert_close(q.dequantize_per_tensor(codes, scale, zero), x.float(), rtol=0.01, atol=0)
 
 
 @pytest.mark.parametrize("x", [torch.zeros(3, 4), torch.empty(0, 4)])
@@ -213,9 +207,7 @@ def test_dequantize_keeps_its_input_and_promotes():
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("target", [torch.int8, torch.uint8])
-@pytest.mark.parametrize(
-    ("lead", "k", "n"), [((), 576, 17), ((1,), 1, 1), ((2, 3), 63, 100), ((0,), 8, 8)]
-)
+@pytest.mark.parametrize(("lead", "k", "n"), [((), 576, 17), ((1,), 1, 1), ((2, 3), 63, 100), ((0,), 8, 8)])
 def test_matmul_is_the_product_of_what_the_codes_mean(lead, k, n, target, dtype, device):
     generator = torch.Generator().manual_seed(0)
     info = torch.iinfo(target)
@@ -252,9 +244,7 @@ def test_a_long_sum_loses_nothing_before_it_is_scaled():
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("lead", "k", "n"), [((17,), 576, 64), ((2, 5), 100, 63), ((1,), 576, 576)]
-)
+@pytest.mark.parametrize(("lead", "k", "n"), [((17,), 576, 64), ((2, 5), 100, 63), ((1,), 576, 576)])
 @pytest.mark.parametrize("biased", [True, False])
 def test_dynamic_linears(lead, k, n, dtype, biased, device):
     x = make(*lead, k, dtype=dtype, device=device)
@@ -300,9 +290,7 @@ def test_bad_arguments_of_products():
         q.quant_int8_matmul(x, one, None, w.float(), None, scales)
     for call in (
         lambda: q.quant_int8_matmul(x, one, None, w, None, scales.half()),
-        lambda: q.quant_int8_dynamic_linear(
-            x.float(), -128, 127, torch.int8, w, scales.half(), None, None
-        ),
+        lambda: q.quant_int8_dynamic_linear(x.float(), -128, 127, torch.int8, w, scales.half(), None, None),
     ):
         with pytest.raises(TypeError, match="w_scales"):
             call()
@@ -320,9 +308,7 @@ def test_bad_arguments_of_products():
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n_bit", [2, 3, 4, 8])
-@pytest.mark.parametrize(
-    ("columns", "groupsize"), [(1, 128), (17, 17), (63, 9), (100, 128), (576, 32)]
-)
+@pytest.mark.parametrize(("columns", "groupsize"), [(1, 128), (17, 17), (63, 9), (100, 128), (576, 32)])
 def test_groupwise_affine(columns, groupsize, n_bit, dtype):
     w = make(6, columns, dtype=dtype) + 5
     w[0], w[1], w[2, 0] = 0, 5, 50
@@ -364,9 +350,7 @@ def test_groupwise_affine_one_column_at_a_time():
 
 def test_groupwise_sqnr_of_four_bits():
     w = make(64, 256)
-    back = q.groupwise_affine_dequantize_tensor(
-        *q.groupwise_affine_quantize_tensor(w, 4, 32), 4, 32
-    )
+    back = q.groupwise_affine_dequantize_tensor(*q.groupwise_affine_quantize_tensor(w, 4, 32), 4, 32)
     assert sqnr(w, back) > 20
 
 

@@ -216,9 +216,7 @@ def cycle(readers: list[Reader]) -> list[str]:
 
 
 def core_modules() -> list[Reader]:
-    return [
-        reader for reader in modules(ROOT / "packages" / "ao-core") if reader.module != "ao_core"
-    ]
+    return [reader for reader in modules(ROOT / "packages" / "ao-core") if reader.module != "ao_core"]
 
 
 @pytest.mark.parametrize("folder", PROJECTS, ids=lambda folder: folder.name)
@@ -231,9 +229,7 @@ def test_packages_import_only_what_they_may(folder):
 
 def test_the_arrows_inside_core_go_one_way():
     readers = core_modules()
-    assert {"ops", "kernels", "tensor", "scheme", "plan"} <= {
-        r.module.split(".")[1] for r in readers
-    }
+    assert {"ops", "kernels", "tensor", "scheme", "plan"} <= {r.module.split(".")[1] for r in readers}
     assert [line for reader in readers for line in arrow_breaches(reader)] == []
 
 

@@ -2,8 +2,9 @@
 
 from dataclasses import dataclass
 
-import ao_core as ao
 import torch
+
+import ao_core as ao
 from ao_core.numerics import pack
 
 

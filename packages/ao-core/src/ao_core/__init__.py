@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from ao_core.ops import OPS, Op
     from ao_core.plan import Choice, Plan, Rule, resolve
     from ao_core.registry import Fault
-    from ao_core.scheme import Scheme, parse_scheme, schemes
+    from ao_core.scheme import QParams, Scheme, parse_scheme, schemes
     from ao_core.tensor import QuantizedTensor
 
 __version__ = "0.1.0"
@@ -54,18 +54,54 @@ _HOME = {
     "ops": ["OPS", "Op"],
     "plan": ["Choice", "Plan", "Rule", "resolve"],
     "registry": ["Fault"],
-    "scheme": ["Scheme", "parse_scheme", "schemes"],
+    "scheme": ["QParams", "Scheme", "parse_scheme", "schemes"],
     "tensor": ["QuantizedTensor"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
-    "Algorithm", "AoError", "CheckpointError", "Choice", "Command", "Fault", "KERNELS", "Kernel", "Key",
-    "ModelError", "OPS", "Op", "OptionError", "Plan", "PlanError", "PluginError", "QuantizedTensor",
-    "RejectedError", "Report", "Rule", "Scheme", "UnknownNameError", "__version__", "apply_", "explain",
-    "hookimpl", "hookspec", "load", "load_model", "model_bytes", "numerics", "parse_scheme",
-    "perplexity", "quantize_", "resolve", "save", "schemes", "sqnr", "stored_bytes",
-    "testing", "use_provider",
+    "KERNELS",
+    "OPS",
+    "Algorithm",
+    "AoError",
+    "CheckpointError",
+    "Choice",
+    "Command",
+    "Fault",
+    "Kernel",
+    "Key",
+    "ModelError",
+    "Op",
+    "OptionError",
+    "Plan",
+    "PlanError",
+    "PluginError",
+    "QParams",
+    "QuantizedTensor",
+    "RejectedError",
+    "Report",
+    "Rule",
+    "Scheme",
+    "UnknownNameError",
+    "__version__",
+    "apply_",
+    "explain",
+    "hookimpl",
+    "hookspec",
+    "load",
+    "load_model",
+    "model_bytes",
+    "numerics",
+    "parse_scheme",
+    "perplexity",
+    "quantize_",
+    "resolve",
+    "save",
+    "schemes",
+    "sqnr",
+    "stored_bytes",
+    "testing",
+    "use_provider",
 ]  # fmt: skip
 
 

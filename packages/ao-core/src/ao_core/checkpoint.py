@@ -1,7 +1,8 @@
 """Saving and loading: safetensors shards and ``ao.json``. No pickle, and no float copy on the way back.
 
-``ao.json`` (format 1) holds: ``files`` (bytes and SHA-256 of each shard), ``tensors`` (for each name its
-shard and, where it is quantized, its scheme, class, options, and the distribution that provides it),
+``ao.json`` (format 1) holds: ``files`` (bytes and SHA-256 of each shard), ``tensors`` (for each
+parameter and buffer its shard and, where it is quantized, its scheme, class, options, and the
+distribution that provides it),
 ``tied`` (alias → name), ``plan``, and ``model`` (what rebuilds a transformers model).
 """
 
@@ -71,8 +72,9 @@ def load(
     device: torch.device | str = "cpu",
     verify: bool = True,
 ) -> nn.Module:
-    """Load what :func:`save` wrote. The float model is never built: memory peaks at the checkpoint's
-    size plus one shard.
+    """Load what :func:`save` wrote, without building the float model.
+
+    Memory peaks at the checkpoint's size plus one shard.
 
     Args:
         directory: of the checkpoint.
@@ -103,11 +105,16 @@ def load(
 
 
 def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Tensors by name, and aliases of those that several names share."""
+    """Tensors by name, and aliases of those that several names share.
+
+    Also buffers that the state dict leaves out: a cast may have changed them, and the model that is
+    loaded shall compute the same.
+    """
     state: dict[str, torch.Tensor] = {}
     tied: dict[str, str] = {}
     first: dict[int, str] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
+    outside = {name: buffer for name, buffer in model.named_buffers() if buffer is not None}
+    for name, tensor in {**outside, **model.state_dict(keep_vars=True)}.items():
         if not isinstance(tensor, torch.Tensor):
             raise CheckpointError(
                 f"{name!r} of the model's state is {type(tensor).__name__}, no tensor, and can't be saved."
@@ -134,9 +141,9 @@ def _groups(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tens
 def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors that share no storage: what safetensors can write."""
     return {
-        name: data.contiguous() if data.untyped_storage().nbytes() == data.nbytes else data.clone(
-            memory_format=torch.contiguous_format
-        )
+        name: data.contiguous()
+        if data.untyped_storage().nbytes() == data.nbytes
+        else data.clone(memory_format=torch.contiguous_format)
         for name, data in tensors.items()
     }
 
@@ -165,9 +172,7 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _index(
-    model: nn.Module, files: Any, records: Any, tied: dict[str, str], plan: Plan
-) -> str:
+def _index(model: nn.Module, files: Any, records: Any, tied: dict[str, str], plan: Plan) -> str:
     from ao_core import __version__
 
     data = {
@@ -203,7 +208,8 @@ def _schemes(path: Path, records: Mapping[str, Any]) -> dict[str, Scheme]:
 def _check_names(model: nn.Module, index: Mapping[str, Any], path: Path) -> None:
     saved = {*index["tensors"], *index["tied"]}
     needed = set(model.state_dict(keep_vars=True))
-    missing, extra = sorted(needed - saved), sorted(saved - needed)
+    known = needed | {name for name, _ in model.named_buffers()}
+    missing, extra = sorted(needed - saved), sorted(saved - known)
     if missing or extra:
         raise CheckpointError(
             f"{path} does not fit {type(model).__name__}: it lacks {missing[:5] or 'nothing'} and holds "
@@ -242,8 +248,7 @@ def _read(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | Non
             f"Install {record['distribution']}=={record['distribution_version']}."
         )
     data = [
-        shard.get_tensor(f"{name}:{part}") if part in record["data"] else None
-        for part in kind.data_names
+        shard.get_tensor(f"{name}:{part}") if part in record["data"] else None for part in kind.data_names
     ]
     return kind(
         *data,

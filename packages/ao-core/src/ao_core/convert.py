@@ -59,10 +59,10 @@ class Report:
 
     def __str__(self) -> str:
         lines = [
-            f"{len(self.converted)} layers converted, {len(self.skipped)} left alone; "
-            f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB after"
+            f"{len(self.converted)} layers converted, {len(self.skipped)} left alone",
+            f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB after",
         ]
-        return "\n".join(lines + [f"  left alone: {n}: {why}" for n, why in self.skipped.items()])
+        return "\n".join(lines + [f"left alone: {n}: {why}" for n, why in self.skipped.items()])
 
 
 def quantize_(

@@ -81,9 +81,7 @@ def ao_register_commands() -> Sequence[Command]:
 
 
 @hookspec
-def ao_propose_schemes(
-    fqn: str, weight: torch.Tensor, sample: torch.Tensor | None
-) -> Sequence[Scheme]:
+def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> Sequence[Scheme]:
     """Candidates that a search should measure on one layer.
 
     Args:

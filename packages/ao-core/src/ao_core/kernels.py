@@ -265,6 +265,16 @@ def _shape_text(weight: tuple[torch.Size, torch.dtype]) -> str:
 
 
 __all__ = [
-    "KERNELS", "OPS", "Kernel", "Key", "Row", "choose", "clear_choices", "dispatch", "explain",
-    "key_of", "set_chooser", "use_provider",
+    "KERNELS",
+    "OPS",
+    "Kernel",
+    "Key",
+    "Row",
+    "choose",
+    "clear_choices",
+    "dispatch",
+    "explain",
+    "key_of",
+    "set_chooser",
+    "use_provider",
 ]

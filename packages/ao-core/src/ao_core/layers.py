@@ -97,9 +97,7 @@ def _uses(model: nn.Module) -> Iterator[_Use]:
                 yield _Use(layer_name(name, attribute), module, attribute, parameter, reason)
 
 
-def _reason(
-    module: nn.Module, attribute: str, parameter: nn.Parameter, attention: str | None
-) -> str | None:
+def _reason(module: nn.Module, attribute: str, parameter: nn.Parameter, attention: str | None) -> str | None:
     if isinstance(parameter, QuantizedTensor):
         return f"it is quantized already ({parameter.scheme})"
     if attention is not None:
@@ -126,5 +124,5 @@ def _parametrized(model: nn.Module) -> dict[str, str]:
         layer_name(name, attribute): reason
         for name, module in model.named_modules()
         if parametrize.is_parametrized(module)
-        for attribute in module.parametrizations  # type: ignore[union-attr]
+        for attribute in module.parametrizations
     }

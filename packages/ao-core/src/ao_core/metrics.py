@@ -302,8 +302,7 @@ def speed(
     """
     if min(prefill, decode, repeats) < 1:
         raise OptionError(
-            "prefill, decode and repeats must be 1 or more, found "
-            f"{prefill}, {decode} and {repeats}"
+            f"prefill, decode and repeats must be 1 or more, found {prefill}, {decode} and {repeats}"
         )
     _check_tokens(model, tokens, needed=prefill, positions=prefill + decode)
     ids = tokens[:prefill].to(_device(model, tokens), torch.int64)[None]  # [1, prefill]
@@ -353,8 +352,7 @@ def _check_tokens(model: nn.Module, tokens: Tensor, *, needed: int, positions: i
         raise OptionError(f"{positions} tokens at once exceed the model's {limit} positions")
     if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype is torch.bool:
         raise ModelError(
-            "tokens must be integers in one dimension, found "
-            f"{tokens.dtype} of shape {tuple(tokens.shape)}"
+            f"tokens must be integers in one dimension, found {tokens.dtype} of shape {tuple(tokens.shape)}"
         )
     if len(tokens) < needed:
         raise ModelError(

@@ -147,9 +147,7 @@ def _locate_inside(directory: Path) -> _Source:
     if len(ggufs) == 1:
         return _locate_gguf(directory / ggufs[0])
     if ggufs:
-        raise ModelError(
-            f"{directory} holds {len(ggufs)} GGUF files ({', '.join(ggufs)}); pass one of them"
-        )
+        raise ModelError(f"{directory} holds {len(ggufs)} GGUF files ({', '.join(ggufs)}); pass one of them")
     found = ", ".join(files[:8]) + (", ..." if len(files) > 8 else "")
     raise ModelError(
         f"{directory} is no model directory: it holds {found or 'nothing'}; needed is config.json "
@@ -164,8 +162,7 @@ def _locate_gguf(path: Path) -> _Source:
         return _Source("gguf", str(path.parent), path.name)
     if path.suffix.lower() == ".gguf":
         raise ModelError(
-            f"{path} is damaged: a GGUF file begins with b'GGUF', this one with {magic!r}; "
-            "download it again"
+            f"{path} is damaged: a GGUF file begins with b'GGUF', this one with {magic!r}; download it again"
         )
     raise ModelError(f"{path} is a file but no GGUF; pass the directory that holds the model")
 
@@ -176,9 +173,7 @@ def _load_pretrained(transformers: Any, source: _Source, dtype: torch.dtype | No
         options["dtype"] = dtype or torch.float32
         if hasattr(transformers, "GgufConfig"):  # else weights may stay packed, in foreign modules
             options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    config = transformers.AutoConfig.from_pretrained(
-        source.place, trust_remote_code=False, **source.options
-    )
+    config = transformers.AutoConfig.from_pretrained(source.place, trust_remote_code=False, **source.options)
     _forget_gguf(config)
     model, info = _model_class(transformers, config).from_pretrained(
         source.place, config=config, output_loading_info=True, **options
@@ -210,9 +205,7 @@ def _model_class(transformers: Any, config: Any) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _load_saved(
-    source: _Source, dtype: torch.dtype | None, device: str | torch.device
-) -> nn.Module:
+def _load_saved(source: _Source, dtype: torch.dtype | None, device: str | torch.device) -> nn.Module:
     from ao_core.checkpoint import load
 
     model = load(source.place, device=device)
@@ -223,9 +216,7 @@ def _load_tokenizer(transformers: Any, source: _Source) -> Any:
     if source.local and not source.file and not any(Path(source.place).glob("*token*")):
         logger.info("%s holds no tokenizer", source)
         return None
-    return transformers.AutoTokenizer.from_pretrained(
-        source.place, trust_remote_code=False, **source.options
-    )
+    return transformers.AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **source.options)
 
 
 def _import_transformers() -> Any:

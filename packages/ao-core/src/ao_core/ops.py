@@ -62,6 +62,7 @@ class Op:
             self.overload = getattr(torch.ops.ao, name).default
 
     def __call__(self, *args: Any, provider: str | None = None) -> Any:
+        """Run the op: one node in a graph. ``provider`` is the one that a plan pinned."""
         return self.overload(*args, provider=provider)
 
     def __repr__(self) -> str:

@@ -73,7 +73,7 @@ class Plan:
     """
 
     layers: Mapping[str, Choice]
-    fingerprint: Mapping[str, str] = field(default_factory=lambda: fingerprint())
+    fingerprint: Mapping[str, str] = field(default_factory=lambda: fingerprint())  # noqa: PLW0108 - defined below
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
@@ -114,7 +114,7 @@ class Plan:
             "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
         ) as file:
             file.write(self.to_json())
-        os.replace(file.name, target)
+        Path(file.name).replace(target)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
@@ -197,8 +197,7 @@ def _check_matches(rules: Sequence[Rule], found: Layers) -> None:
             continue
         if hit:
             raise PlanError(
-                f"rule {rule.pattern!r} matches only what can't be converted: "
-                f"{hit[0]}: {found.left[hit[0]]}."
+                f"rule {rule.pattern!r} matches only what can't be converted: {hit[0]}: {found.left[hit[0]]}."
             )
         raise PlanError(
             f"rule {rule.pattern!r} matches none of the {len(usable)} layers "

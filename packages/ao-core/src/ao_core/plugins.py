@@ -159,14 +159,20 @@ def _discovered() -> list[Plugin]:
     if _plugins is None:
         disabled = {name.strip() for name in os.environ.get("AO_DISABLE_PLUGINS", "").split(",")}
         points = sorted(
-            metadata.entry_points(group=hookspecs.GROUP), key=lambda point: (point.name, point.value)
+            metadata.entry_points(group=hookspecs.GROUP),
+            key=lambda point: (point.name, point.value),
         )
         _plugins = [Plugin(point, _source(point), disabled=point.name in disabled) for point in points]
         for plugin in _same_name(_plugins):
-            _fail(plugin, "clash", f"two entry points are called {plugin.source.plugin!r}: "
-                  + " and ".join(sorted(p.source.distribution for p in _plugins
-                                        if p.source.plugin == plugin.source.plugin)),
-                  f"Uninstall one, or set AO_DISABLE_PLUGINS={plugin.source.plugin}")
+            _fail(
+                plugin,
+                "clash",
+                f"two entry points are called {plugin.source.plugin!r}: "
+                + " and ".join(
+                    sorted(p.source.distribution for p in _plugins if p.source.plugin == plugin.source.plugin)
+                ),
+                f"Uninstall one, or set AO_DISABLE_PLUGINS={plugin.source.plugin}",
+            )
     return _plugins
 
 
@@ -243,8 +249,7 @@ def _check_hooks(module: Any, name: str) -> None:
     known = {spec for spec in dir(hookspecs) if spec.startswith("ao_")}
     marked = {n for n in dir(module) if getattr(getattr(module, n, None), "ao_impl", None)}
     unmarked = {
-        n for n in dir(module)
-        if n.startswith("ao_") and isinstance(getattr(module, n), types.FunctionType)
+        n for n in dir(module) if n.startswith("ao_") and isinstance(getattr(module, n), types.FunctionType)
     } - marked
     hint = f"Hooks: {', '.join(sorted(known))}. Tell its authors, or set AO_DISABLE_PLUGINS={name}"
     if unknown := sorted((marked | unmarked) - known):
@@ -356,7 +361,9 @@ def _drop_orphan_kernels(plugins: list[Plugin]) -> None:
     for plugin in plugins:
         for kernel in plugin.answers.get("kernel", []):
             if kernel.op not in ops:
-                plugin.notes.append(f"kernel {kernel.op}/{kernel.provider}: op {kernel.op!r} is not installed")
+                plugin.notes.append(
+                    f"kernel {kernel.op}/{kernel.provider}: op {kernel.op!r} is not installed"
+                )
 
 
 def _install_chooser(manager: pluggy.PluginManager) -> None:

@@ -75,9 +75,7 @@ class Scheme:
         """The float32 values that ``codes`` ``[..., N, C]`` stand for; inverse of :meth:`encode`."""
         raise NotImplementedError(f"{type(self).__name__} must define decode()")
 
-    def pack(
-        self, codes: torch.Tensor, qparams: QParams, *, dtype: torch.dtype
-    ) -> QuantizedTensor:
+    def pack(self, codes: torch.Tensor, qparams: QParams, *, dtype: torch.dtype) -> QuantizedTensor:
         """The stored tensor for ``codes`` ``[..., N, K]``; ``dtype`` is the outer dtype."""
         raise NotImplementedError(f"{type(self).__name__} must define pack()")
 

@@ -65,7 +65,7 @@ class Writer:
         if not final.exists():
             self._new.append(final)
         self.files[final.name] = {"bytes": temporary.stat().st_size, "sha256": digest}
-        os.replace(temporary, final)
+        temporary.replace(final)
         return final.name
 
     def commit(self, index: str) -> None:
@@ -73,11 +73,11 @@ class Writer:
         for companion in sorted((self.scratch / COMPANIONS).glob("*")):
             if (old := self.path / companion.name).is_dir():
                 shutil.rmtree(old)
-            os.replace(companion, old)
+            companion.replace(old)
         temporary = self.scratch / INDEX
         temporary.write_text(index, encoding="utf-8")
         _sync(temporary)
-        os.replace(temporary, self.path / INDEX)
+        temporary.replace(self.path / INDEX)
         self._new.clear()
         for shard in self.path.glob("model-????????-?????-of-?????.safetensors"):
             if shard.name not in self.files:
@@ -144,7 +144,9 @@ def read_index(path: Path) -> dict[str, Any]:
     index = path / INDEX
     if not index.is_file():
         what = "it does not exist" if not path.exists() else f"it holds no {INDEX}"
-        raise CheckpointError(f"{path} is no checkpoint of ao: {what}. ao_core.save and 'ao quantize' write one.")
+        raise CheckpointError(
+            f"{path} is no checkpoint of ao: {what}. ao_core.save and 'ao quantize' write one."
+        )
     try:
         data = json.loads(index.read_text(encoding="utf-8"))
     except ValueError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn, TypeVar, cast
+from typing import Any, ClassVar, NoReturn, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +59,11 @@ class QuantizedTensor(torch.Tensor):
         provider: str | None = None,
         **attrs: Any,
     ) -> Q:
+        """Make the wrapper; see the class for the arguments."""
         first = next(tensor for tensor in data if tensor is not None)
-        wrapper = torch.Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        return torch.Tensor._make_wrapper_subclass(
             cls, tuple(shape), dtype=dtype, device=first.device, requires_grad=False
         )
-        return cast("Q", wrapper)
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class QuantizedTensor(torch.Tensor):
                 f"{type(self).__name__} takes tensors {self.data_names} and options {self.attr_names}, "
                 f"and was given {len(data)} tensors and options {tuple(attrs)}."
             )
-        for name, tensor in zip(self.data_names, data):
+        for name, tensor in zip(self.data_names, data, strict=True):
             setattr(self, name, tensor)
         for name in self.attr_names:
             setattr(self, name, attrs[name])
@@ -127,7 +127,7 @@ class QuantizedTensor(torch.Tensor):
             **self.attributes(),
         )
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
         return (
             f"{type(self).__name__}(shape={tuple(self.shape)}, dtype={dtype}, "
@@ -148,9 +148,7 @@ class QuantizedTensor(torch.Tensor):
     ) -> Q:
         dtype, scheme, provider, options = context
         data = [inner.get(name) for name in cls.data_names]
-        return cls(
-            *data, shape=outer_size, dtype=dtype, scheme=scheme, provider=provider, **dict(options)
-        )
+        return cls(*data, shape=outer_size, dtype=dtype, scheme=scheme, provider=provider, **dict(options))
 
     def _stable_hash_for_caching(self) -> str:
         """What torch.compile's cache on disk may tell two weights apart by: metadata, never values."""
@@ -168,7 +166,7 @@ class QuantizedTensor(torch.Tensor):
             return func(*args, **(kwargs or {}))
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         handler = _HANDLERS.get(func)
@@ -184,6 +182,7 @@ class TransposedWeight(QuantizedTensor):
     base: QuantizedTensor
 
     def dequantize(self) -> torch.Tensor:
+        """The base's values, transposed."""
         return self.base.dequantize().transpose(-2, -1)
 
 
@@ -208,14 +207,14 @@ class _Linear(torch.autograd.Function):
         return grad_x, None, grad_bias
 
 
-def _linear(input: Any, weight: Any, bias: Any = None) -> Any:
+def _linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 - F.linear's own name
     if not isinstance(weight, QuantizedTensor) or isinstance(input, QuantizedTensor):
         raise TypeError(
             "F.linear takes a plain activation and one quantized weight, and was given "
             f"{type(input).__name__} and {type(weight).__name__}. Call .dequantize() on the other."
         )
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-        return _Linear.apply(input, weight, bias)
+        return _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return weight.linear(input, bias)
 
 
@@ -227,7 +226,11 @@ def _refuse(cls: type, func: Any) -> NoReturn:
 
 
 def _to_copy(
-    tensor: Q, *, dtype: torch.dtype | None = None, device: torch.device | None = None, **kwargs: Any
+    tensor: Q,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | None = None,
+    **kwargs: Any,
 ) -> Q:
     if dtype is not None and not dtype.is_floating_point:
         raise TypeError(
@@ -248,7 +251,7 @@ def _copy_(target: Q, source: torch.Tensor, non_blocking: bool = False) -> Q:
     same = (
         type(target) is type(source)
         and target.shape == source.shape
-        and target.attributes() == cast("Q", source).attributes()
+        and target.attributes() == source.attributes()
     )
     if not same:
         raise TypeError(
@@ -278,7 +281,12 @@ def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 
 
 def _addmm(
-    bias: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, beta: float = 1, alpha: float = 1
+    bias: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor,
+    *,
+    beta: float = 1,
+    alpha: float = 1,
 ) -> torch.Tensor:
     if bias.ndim == 1 and beta == alpha == 1 and isinstance(right, TransposedWeight):
         return right.base.linear(left, bias)
@@ -289,9 +297,7 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.dequantize() if isinstance(tensor, QuantizedTensor) else tensor
 
 
-def _cut(
-    tensor: Q, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], outer: tuple[int, ...]
-) -> Q:
+def _cut(tensor: Q, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], outer: tuple[int, ...]) -> Q:
     """Apply a cut along ``dim`` to the tensors that have that dimension."""
     dim %= tensor.ndim
     names = tensor.row_data if tensor.row_data is not None else tuple(tensor.stored())
@@ -307,9 +313,7 @@ def _cut(
     return tensor.map(lambda data: fn(data, dim), only=tuple(names), shape=outer)
 
 
-def _slice(
-    tensor: Q, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
-) -> Q:
+def _slice(tensor: Q, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Q:
     size = tensor.shape[dim]
     length = len(range(*slice(start, end, step).indices(size)))
     if length == size:
@@ -332,7 +336,7 @@ def _split(tensor: Q, sizes: int | list[int], dim: int = 0) -> list[Q]:
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
     return [
         _slice(tensor, dim, start, min(start + length, total))
-        for start, length in zip(starts, lengths)
+        for start, length in zip(starts, lengths, strict=True)
     ]
 
 
@@ -343,9 +347,7 @@ def _embedding(weight: QuantizedTensor, indices: torch.Tensor, *args: Any) -> to
     return rows.dequantize().reshape(*indices.shape, weight.shape[-1])
 
 
-def _linear_aten(
-    x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None
-) -> torch.Tensor:
+def _linear_aten(x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     return weight.linear(x, bias)
 
 

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from ao_core import OptionError, QuantizedTensor, Scheme
-from ao_core.numerics import affine
 
+from ao_core import OptionError, QParams, QuantizedTensor, Scheme
+from ao_core.numerics import affine
 from ao_quant.int8_ops import INT8_DYNAMIC_LINEAR, INT8_WEIGHT_LINEAR
 
 QMIN, QMAX = -128, 127
@@ -25,11 +25,11 @@ class Int8Tensor(QuantizedTensor):
     group_size: int
 
     def dequantize(self) -> torch.Tensor:
-        return affine.dequantize(
-            self.codes, self.scale, group_size=self.group_size, dtype=self.dtype
-        )
+        """``codes * scale`` in float32, cast to the outer dtype."""
+        return affine.dequantize(self.codes, self.scale, group_size=self.group_size, dtype=self.dtype)
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """One call of ``ao::int8_weight_linear``."""
         out: torch.Tensor = INT8_WEIGHT_LINEAR(
             x, self.codes, self.scale, bias, self.group_size, provider=self.provider
         )
@@ -40,9 +40,8 @@ class Int8DynamicTensor(Int8Tensor):
     """The same storage; activations are quantized to int8 token by token as they come."""
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        out: torch.Tensor = INT8_DYNAMIC_LINEAR(
-            x, self.codes, self.scale, bias, provider=self.provider
-        )
+        """One call of ``ao::int8_dynamic_linear``."""
+        out: torch.Tensor = INT8_DYNAMIC_LINEAR(x, self.codes, self.scale, bias, provider=self.provider)
         return out
 
 
@@ -51,7 +50,7 @@ class _Int8(Scheme):
 
     group_size: int
 
-    def choose_qparams(self, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    def choose_qparams(self, weight: torch.Tensor) -> QParams:
         """``scale`` ``[..., N, G]``, float32.
 
         For a bfloat16 weight it is rounded to bfloat16 first, so that kernels that take the scale in
@@ -62,13 +61,11 @@ class _Int8(Scheme):
             scale = scale.bfloat16().float()
         return {"scale": scale}
 
-    def encode(self, weight: torch.Tensor, qparams: dict[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+    def encode(self, weight: torch.Tensor, qparams: QParams) -> torch.Tensor:
         """Codes ``int8 [..., N, C]``."""
-        return affine.quantize(
-            weight, qparams["scale"], qmin=QMIN, qmax=QMAX, group_size=self.group_size
-        )
+        return affine.quantize(weight, qparams["scale"], qmin=QMIN, qmax=QMAX, group_size=self.group_size)
 
-    def decode(self, codes: torch.Tensor, qparams: dict[str, torch.Tensor]) -> torch.Tensor:  # type: ignore[override]
+    def decode(self, codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
         """``codes * scale``, float32."""
         return affine.dequantize(codes, qparams["scale"], group_size=self.group_size)
 
@@ -97,12 +94,14 @@ class Int8WeightOnly(_Int8):
             )
 
     def pack(
-        self, codes: torch.Tensor, qparams: dict[str, torch.Tensor], *, dtype: torch.dtype  # type: ignore[override]
+        self,
+        codes: torch.Tensor,
+        qparams: QParams,
+        *,
+        dtype: torch.dtype,
     ) -> Int8Tensor:
         """Stored as they are, ``int8 [..., N, K]``."""
-        return Int8Tensor(
-            codes, qparams["scale"], shape=codes.shape, dtype=dtype, group_size=self.group_size
-        )
+        return Int8Tensor(codes, qparams["scale"], shape=codes.shape, dtype=dtype, group_size=self.group_size)
 
 
 @dataclass(frozen=True)
@@ -126,9 +125,11 @@ class Int8Dynamic(_Int8):
         return -1
 
     def pack(
-        self, codes: torch.Tensor, qparams: dict[str, torch.Tensor], *, dtype: torch.dtype  # type: ignore[override]
+        self,
+        codes: torch.Tensor,
+        qparams: QParams,
+        *,
+        dtype: torch.dtype,
     ) -> Int8DynamicTensor:
         """Stored as they are, ``int8 [..., N, K]``."""
-        return Int8DynamicTensor(
-            codes, qparams["scale"], shape=codes.shape, dtype=dtype, group_size=-1
-        )
+        return Int8DynamicTensor(codes, qparams["scale"], shape=codes.shape, dtype=dtype, group_size=-1)

@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+
 from ao_core import Kernel, Key, Op
 from ao_core.numerics import affine
-
 from ao_quant.int_mm import int_mm
 
 
@@ -57,7 +57,7 @@ def weight_linear_torch(
     bias: torch.Tensor | None,
     group_size: int,
 ) -> torch.Tensor:
-    """torch's int8 matrix-vector kernel for few rows, its float matmul on dequantized weights above."""
+    """Torch's int8 matrix-vector kernel for few rows, its float matmul on dequantized weights above."""
     _check(x, codes)
     rows = x.reshape(-1, codes.shape[1])  # [M, K]
     if scale.shape[1] == 1 and _few_rows(rows):
@@ -74,7 +74,7 @@ def weight_linear_torch(
 def dynamic_linear_torch(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """torch's int8 matmul, scales applied in float32."""
+    """Torch's int8 matmul, scales applied in float32."""
     _check(x, codes)
     rows = x.reshape(-1, codes.shape[1])  # [M, K]
     x_codes, x_scale = affine.quantize_per_token(rows)

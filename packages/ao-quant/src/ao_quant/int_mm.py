@@ -39,9 +39,9 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     """
     _check(a, b)
     a, b = _plain(a), _plain(b)
-    if a.device.type == "cuda":
+    if a.is_cuda:
         return _cuda_mm(a, b)
-    if a.device.type == "cpu" and _cpu_is_exact():
+    if a.is_cpu and _cpu_is_exact():
         return torch._int_mm(a, b)
     return _float_mm(a, b)
 

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def ao_register_schemes() -> list[Any]:
+    """int8 schemes."""
     from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
 
     return [Int8WeightOnly, Int8Dynamic]
@@ -19,6 +20,7 @@ def ao_register_schemes() -> list[Any]:
 
 @hookimpl
 def ao_register_ops() -> list[Any]:
+    """The linears of the schemes."""
     from ao_quant.int8_ops import INT8_DYNAMIC_LINEAR, INT8_WEIGHT_LINEAR
 
     return [INT8_WEIGHT_LINEAR, INT8_DYNAMIC_LINEAR]
@@ -26,6 +28,7 @@ def ao_register_ops() -> list[Any]:
 
 @hookimpl
 def ao_register_kernels() -> list[Any]:
+    """Torch's own kernels for them."""
     from ao_quant.int8_ops import KERNELS
 
     return KERNELS
@@ -33,6 +36,7 @@ def ao_register_kernels() -> list[Any]:
 
 @hookimpl
 def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> list[Any]:
+    """Both int8 schemes, for any weight."""
     from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
 
     return [Int8WeightOnly(), Int8Dynamic()]

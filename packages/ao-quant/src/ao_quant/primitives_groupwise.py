@@ -8,9 +8,7 @@ from torch import Tensor
 from ao_core.numerics import affine
 
 
-def get_groupwise_affine_qparams(
-    w: Tensor, n_bit: int = 4, groupsize: int = 128
-) -> tuple[Tensor, Tensor]:
+def get_groupwise_affine_qparams(w: Tensor, n_bit: int = 4, groupsize: int = 128) -> tuple[Tensor, Tensor]:
     """Scales and float midpoints: ``w ≈ (code - 2 ** (n_bit - 1)) * scale + zero``.
 
     Codes are ``[0, 2 ** n_bit)``; they span the group's own range, not widened to hold 0, at least
@@ -85,7 +83,7 @@ def groupwise_affine_dequantize_tensor_from_qparams(
         ValueError: shapes that do not fit, or a bad ``groupsize`` or ``n_bit``.
     """
     scale, zero = _columns(w_int4x8, scales, zeros, n_bit, groupsize)
-    values = (w_int4x8.to(torch.float32) - 2 ** (n_bit - 1)) * scale + zero
+    values: Tensor = (w_int4x8.to(torch.float32) - 2 ** (n_bit - 1)) * scale + zero
     return values.to(scales.dtype)
 
 
@@ -159,9 +157,7 @@ def groupwise_affine_dequantize_tensor(
         ValueError: shapes that do not fit, or a bad ``groupsize`` or ``n_bit``.
     """
     scales, zeros = unpack_tinygemm_scales_and_zeros(scales_and_zeros)
-    return groupwise_affine_dequantize_tensor_from_qparams(
-        w_int4x8, scales, zeros, n_bit, groupsize
-    )
+    return groupwise_affine_dequantize_tensor_from_qparams(w_int4x8, scales, zeros, n_bit, groupsize)
 
 
 def group_columns(shape: torch.Size, n_bit: int, groupsize: int) -> int:
@@ -196,8 +192,6 @@ def _columns(
     shape = (rows, columns // size)
     if scales.shape != shape or zeros.shape != shape:
         found = f"{tuple(scales.shape)} and {tuple(zeros.shape)}"
-        raise ValueError(
-            f"scales and zeros of {rows} rows in groups of {size}: {shape}; got {found}"
-        )
+        raise ValueError(f"scales and zeros of {rows} rows in groups of {size}: {shape}; got {found}")
     scale = affine.expand_groups(scales.to(torch.float32), columns, size)
     return scale, affine.expand_groups(zeros.to(torch.float32), columns, size)

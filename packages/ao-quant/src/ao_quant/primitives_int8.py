@@ -167,9 +167,7 @@ def _scaled(
     dot: Tensor, x_scale: Tensor, w_scales: Tensor, bias: Tensor | None, dtype: torch.dtype
 ) -> Tensor:
     if w_scales.dim() > 1 or w_scales.numel() not in (1, dot.shape[-1]):
-        raise ValueError(
-            f"one weight scale for each of {dot.shape[-1]} outputs; got {tuple(w_scales.shape)}"
-        )
+        raise ValueError(f"one weight scale for each of {dot.shape[-1]} outputs; got {tuple(w_scales.shape)}")
     out = dot.to(torch.float32) * x_scale.to(torch.float32) * w_scales.to(torch.float32)
     if bias is not None:
         out = out + bias

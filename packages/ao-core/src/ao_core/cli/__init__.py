@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Annotated, Any
 
 import typer
 
@@ -12,7 +13,7 @@ from ao_core import plugins
 from ao_core.cli import listing, modelling, output
 from ao_core.errors import AoError
 
-BUILT_IN = {
+BUILT_IN: dict[str, Callable[..., Any]] = {
     "plugins": listing.list_plugins,
     "schemes": listing.list_schemes,
     "kernels": listing.list_kernels,
@@ -53,7 +54,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _root(
-    version: bool = typer.Option(False, "--version", help="Show the version.", is_eager=True),
+    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
 ) -> None:
     if version:
         from ao_core import __version__

@@ -33,7 +33,7 @@ def list_schemes(json: Json = False) -> None:
 
     from ao_core.scheme import SCHEMES
 
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "scheme": name,
             "options": {field.name: field.default for field in dataclasses.fields(entry.item)},
@@ -57,7 +57,8 @@ def list_schemes(json: Json = False) -> None:
 
 def list_kernels(
     explain: Annotated[
-        str | None, typer.Option(metavar="OP", help="For one op: each kernel, its reason, the choice.")
+        str | None,
+        typer.Option(metavar="OP", help="For one op: each kernel, its reason, the choice."),
     ] = None,
     device: Annotated[str, typer.Option(help="Device to explain the choice for.")] = "cpu",
     json: Json = False,
@@ -69,11 +70,15 @@ def list_kernels(
     if explain is not None:
         _explain(explain, device, json)
         return
-    rows = [
+    rows: list[dict[str, Any]] = [
         {
             "op": name,
             "kernels": [
-                {"provider": k.item.provider, "priority": k.item.priority, "plugin": k.source.plugin}
+                {
+                    "provider": k.item.provider,
+                    "priority": k.item.priority,
+                    "plugin": k.source.plugin,
+                }
                 for k in KERNELS.entries().values()
                 if k.item.op == name
             ],
@@ -102,8 +107,7 @@ def _explain(name: str, device: str, json: bool) -> None:
     rows = explain(OPS.get(name), parse_device(device))
     if json:
         finite = [
-            {**asdict(row), "priority": None if row.provider == "reference" else row.priority}
-            for row in rows
+            {**asdict(row), "priority": None if row.provider == "reference" else row.priority} for row in rows
         ]
         output.as_json(finite)
         return

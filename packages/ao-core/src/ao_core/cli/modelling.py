@@ -16,9 +16,7 @@ if TYPE_CHECKING:
 
 MODEL_HELP = "A Hugging Face directory or hub id, a GGUF file, or a directory that ao saved."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Dtype = Annotated[
-    str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")
-]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
 Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")]
 
@@ -52,9 +50,7 @@ def quantize(
     check_target(out)
     output.say(f"loading {model}")
     loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
-    report = quantize_(
-        loaded.model, made, include=include or None, exclude=exclude or None, progress=True
-    )
+    report = quantize_(loaded.model, made, include=include or None, exclude=exclude or None, progress=True)
     save(loaded.model, out, plan=report.plan, tokenizer=loaded.tokenizer)
     if json:
         output.as_json({"scheme": str(made), "saved": str(out), **report.to_dict()})
@@ -90,9 +86,7 @@ def evaluate(
     loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
     tokens = tokenize_file(text, loaded.tokenizer, max_tokens=max_tokens)
     with reporting("scoring") as show:
-        score = metrics.perplexity(
-            loaded.model, tokens, context=context, stride=stride, progress=show
-        )
+        score = metrics.perplexity(loaded.model, tokens, context=context, stride=stride, progress=show)
     timing = metrics.speed(loaded.model, tokens) if speed else None
     result = {
         "model": model,
@@ -147,11 +141,14 @@ def parse_device(text: str) -> torch.device:
 
 def _show_report(report: Any, scheme: str, out: Path) -> None:
     before, after = report.converted_bytes_before, report.converted_bytes_after
-    rows = [
+    rows: list[list[object]] = [
         ["layers converted", len(report.converted)],
         ["layers left alone", len(report.skipped)],
         ["converted weights, MB", f"{output.megabytes(before)} -> {output.megabytes(after)}"],
-        ["whole model, MB", f"{output.megabytes(report.bytes_before)} -> {output.megabytes(report.bytes_after)}"],
+        [
+            "whole model, MB",
+            f"{output.megabytes(report.bytes_before)} -> {output.megabytes(report.bytes_after)}",
+        ],
         ["saved to", out],
     ]
     output.table(f"{scheme}", ("", ""), rows)
@@ -166,7 +163,9 @@ def _show_evaluation(result: dict[str, Any]) -> None:
         ["tokens scored", result["tokens"]],
         ["stored, MB", output.megabytes(result["bytes"])],
     ]
-    for kind in ("prefill", "decode"):
-        if result[f"{kind}_tokens_per_s"] is not None:
-            rows.append([f"{kind}, tokens/s", f"{result[f'{kind}_tokens_per_s']:.1f}"])
+    rows += [
+        [f"{kind}, tokens/s", f"{result[f'{kind}_tokens_per_s']:.1f}"]
+        for kind in ("prefill", "decode")
+        if result[f"{kind}_tokens_per_s"] is not None
+    ]
     output.table("", ("", ""), rows)

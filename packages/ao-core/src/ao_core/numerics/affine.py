@@ -211,8 +211,7 @@ def _check_range(qmin: int, qmax: int, dtype: torch.dtype | None = None) -> None
     info = torch.iinfo(dtype)
     if qmin < info.min or qmax > info.max:
         raise ValueError(
-            f"{dtype} holds [{info.min}, {info.max}], not codes in [{qmin}, {qmax}]; "
-            "pass a wider dtype"
+            f"{dtype} holds [{info.min}, {info.max}], not codes in [{qmin}, {qmax}]; pass a wider dtype"
         )
 
 

@@ -51,9 +51,7 @@ def decode(codes: Tensor, codebook: Tensor) -> Tensor:
 
 def _check_codebook(codebook: Tensor) -> None:
     if codebook.dim() != 1 or not 1 <= codebook.shape[0] <= 256:
-        raise ValueError(
-            f"a codebook is one row of 1 to 256 levels; got shape {tuple(codebook.shape)}"
-        )
+        raise ValueError(f"a codebook is one row of 1 to 256 levels; got shape {tuple(codebook.shape)}")
     # Reading the comparison would break a compiled graph.
     if not torch.compiler.is_compiling() and not bool((codebook[1:] > codebook[:-1]).all()):
         raise ValueError("codebook levels must ascend strictly; sort them and drop duplicates")

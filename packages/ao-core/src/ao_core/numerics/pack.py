@@ -78,6 +78,5 @@ def _check_codes(codes: Tensor, bits: int) -> None:
     low, high = (int(bound) for bound in codes.aminmax())
     if low < 0 or high >= 2**bits:
         raise ValueError(
-            f"codes in [{low}, {high}] do not fit {bits} bits, [0, {2**bits - 1}]; "
-            "shift or clamp them"
+            f"codes in [{low}, {high}] do not fit {bits} bits, [0, {2**bits - 1}]; shift or clamp them"
         )

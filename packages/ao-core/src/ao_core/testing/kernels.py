@@ -24,7 +24,7 @@ def poisoned_memory() -> Iterator[None]:
         torch.is_deterministic_algorithms_warn_only_enabled(),
         torch.utils.deterministic.fill_uninitialized_memory,  # type: ignore[attr-defined]
     )
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.use_deterministic_algorithms(mode=True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
     try:
         yield
@@ -54,7 +54,7 @@ def check_inputs_unchanged(op: Op, kernel: Kernel, device: torch.device) -> None
             continue
         before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
         kernel.fn(*args)
-        for index, (old, new) in enumerate(zip(before, args)):
+        for index, (old, new) in enumerate(zip(before, args, strict=True)):
             if isinstance(old, torch.Tensor):
                 assert torch.equal(old, new), f"argument {index} was changed: {_text(args)}"
 
@@ -129,7 +129,8 @@ def _strided(value: Any) -> Any:
 
 def _text(args: tuple[Any, ...]) -> str:
     parts = [
-        f"{str(arg.dtype).removeprefix('torch.')}{list(arg.shape)}" if isinstance(arg, torch.Tensor)
+        f"{str(arg.dtype).removeprefix('torch.')}{list(arg.shape)}"
+        if isinstance(arg, torch.Tensor)
         else repr(arg)
         for arg in args
     ]

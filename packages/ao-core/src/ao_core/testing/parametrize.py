@@ -13,6 +13,7 @@ from ao_core.testing.kernels import KERNEL_CHECKS, kernels_of
 from ao_core.testing.storage import STORAGE_CHECKS
 from ao_core.testing.values import VALUE_CHECKS
 
+Case = tuple[str, str, Callable[[], None]]
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
@@ -30,8 +31,12 @@ def parametrize_scheme_checks(
         *schemes: names or texts such as ``"int8-weight-only:group_size=64"``, or schemes.
         expected_failures: check name → why it fails. Strict: passing all the same is a failure.
     """
-    cases = [
-        (f"{scheme}-{check.__name__}-{device}", check.__name__, partial(check, parse_scheme(scheme), device))
+    cases: list[Case] = [
+        (
+            f"{scheme}-{check.__name__}-{device}",
+            check.__name__,
+            partial(check, parse_scheme(scheme), device),
+        )
         for scheme in schemes
         for check in (*VALUE_CHECKS, *STORAGE_CHECKS)
         for device in devices()
@@ -39,9 +44,7 @@ def parametrize_scheme_checks(
     return _parametrize(cases, expected_failures)
 
 
-def parametrize_kernel_checks(
-    *ops: str, expected_failures: Mapping[str, str] | None = None
-) -> Decorator:
+def parametrize_kernel_checks(*ops: str, expected_failures: Mapping[str, str] | None = None) -> Decorator:
     """Run a test once for every kernel of the ops, check and device, with a ``check`` to call.
 
     A kernel that rejects all of an op's samples on a device is not run there.
@@ -50,7 +53,7 @@ def parametrize_kernel_checks(
         *ops: op names.
         expected_failures: check name → why it fails. Strict.
     """
-    cases = [
+    cases: list[Case] = [
         (f"{op.name}-{kernel.provider}-{name}-{device}", name, partial(check, op, kernel, device))
         for op_name in ops
         for op, kernel in kernels_of(op_name)
@@ -68,9 +71,7 @@ def _runs_on(op: Any, kernel: Any) -> Iterator[torch.device]:
             yield device
 
 
-def _parametrize(
-    cases: list[tuple[str, str, Callable[[], None]]], expected: Mapping[str, str] | None
-) -> Decorator:
+def _parametrize(cases: list[Case], expected: Mapping[str, str] | None) -> Decorator:
     import pytest
 
     known = {name for _, name, _ in cases}

@@ -8,6 +8,7 @@ import json
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -99,11 +100,11 @@ def check_state_dict(scheme: Scheme, device: torch.device) -> None:
 
 def check_safetensors(scheme: Scheme, device: torch.device) -> None:
     """``ao_core.save`` and ``ao_core.load`` give the same tensors and the same results."""
-    model = nn.Sequential(nn.Linear(100, 17)).to(device)
+    model: Any = nn.Sequential(nn.Linear(100, 17)).to(device)
     apply_(model, Plan({"0": Choice(str(scheme))}))
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "saved")
-        again = load(
+        again: Any = load(
             Path(folder) / "saved", model=lambda: nn.Sequential(nn.Linear(100, 17)), device=device
         )
     assert_same(model[0].weight, again[0].weight)
@@ -151,7 +152,6 @@ class _Graphs:
         return compiled
 
 
-
 def _quantized(scheme: Scheme, device: torch.device) -> QuantizedTensor:
     return scheme.quantize(gaussian(17, 100, device=device))
 
@@ -165,4 +165,3 @@ def _linear(weight: QuantizedTensor) -> nn.Linear:
 
 
 STORAGE_CHECKS = [value for name, value in list(globals().items()) if name.startswith("check_")]
-
