@@ -7,7 +7,7 @@ import copy
 import ao_core as ao
 import pytest
 import torch
-from conftest import interleaved
+from timing import interleaved
 
 transformers = pytest.importorskip("transformers")
 STEPS, PROMPT = 16, 64

@@ -7,7 +7,7 @@ import copy
 import ao_core as ao
 import pytest
 import torch
-from conftest import LAYERS, interleaved, linears
+from timing import LAYERS, interleaved, linears
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)

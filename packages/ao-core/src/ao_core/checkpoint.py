@@ -2,8 +2,8 @@
 
 ``ao.json`` (format 1) holds: ``files`` (bytes and SHA-256 of each shard), ``tensors`` (for each
 parameter and buffer its shard and, where it is quantized, its scheme, class, options, and the
-distribution that provides it),
-``tied`` (alias → name), ``plan``, and ``model`` (what rebuilds a transformers model).
+distribution that provides it), ``tied`` (alias → name), ``plan``, ``model`` (what rebuilds a
+transformers model), and the ``sha256`` of all that.
 """
 
 from __future__ import annotations
@@ -96,6 +96,8 @@ def load(
             f"{path} has checkpoint format {index.get('format')}, and this ao-core reads {FORMAT}. "
             "Install the ao-core version that wrote it, or save it again."
         )
+    if verify:
+        shards.check_seal(path, index)
     schemes = _schemes(path, index["tensors"])
     shards.verify(path, index["files"], checksums=verify)
     built = rebuild.build(index["model"], model)
@@ -175,7 +177,7 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
 def _index(model: nn.Module, files: Any, records: Any, tied: dict[str, str], plan: Plan) -> str:
     from ao_core import __version__
 
-    data = {
+    data: dict[str, Any] = {
         "format": FORMAT,
         "ao_core": __version__,
         "files": files,
@@ -184,6 +186,7 @@ def _index(model: nn.Module, files: Any, records: Any, tied: dict[str, str], pla
         "plan": json.loads(plan.to_json()),
         "model": rebuild.describe(model),
     }
+    data["sha256"] = shards.seal(data)
     return json.dumps(data, indent=1) + "\n"
 
 
@@ -256,8 +259,13 @@ def _read(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | Non
         dtype=getattr(torch, record["dtype"]),
         scheme=str(scheme),
         provider=record["provider"],
-        **record["attributes"],
+        **{name: _frozen(value) for name, value in record["attributes"].items()},
     )
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as the tuples that they were: attributes are hashable, and JSON has no tuple."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
@@ -265,6 +273,9 @@ def _place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:
     module = model.get_submodule(owner)
     if attribute in module._buffers:
         module._buffers[attribute] = tensor
+        return
+    if attribute == "_extra_state":
+        module.set_extra_state(tensor)
         return
     expected = cast("nn.Parameter", module._parameters[attribute])
     if expected.shape != tensor.shape:

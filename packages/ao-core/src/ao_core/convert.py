@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,15 +95,18 @@ def quantize_(
 
     The model is unchanged if it raises.
     """
+    known: dict[str, Scheme] = {}
     if isinstance(scheme, (str, Scheme)):
         made = parse_scheme(scheme, **options)
+        known[str(made)] = made
         rules = [Rule(pattern, None) for pattern in _patterns(exclude, ())]
         rules += [Rule(pattern, made) for pattern in _patterns(include, ("*",))]
     elif options or include is not None or exclude is not None:
         raise PlanError("a list of rules takes no options, include or exclude: write them as rules.")
     else:
         rules = list(scheme)
-    return apply_(model, resolve(model, rules), progress=progress)
+        known |= {str(rule.scheme): rule.scheme for rule in rules if isinstance(rule.scheme, Scheme)}
+    return _apply(model, resolve(model, rules), known, progress)
 
 
 def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
@@ -117,10 +120,18 @@ def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
 
     The model is unchanged if it raises; until it returns, float and quantized weights are both held.
     """
+    return _apply(model, plan, {}, progress)
+
+
+def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: bool) -> Report:
+    """Apply ``plan``; ``known`` holds schemes that need not be registered."""
     layers = find_layers(model).replaceable
     work = {name: choice for name, choice in plan.layers.items() if choice.scheme is not None}
     _check_layers(work, layers)
-    jobs = [(layers[name], parse_scheme(str(c.scheme)), c.provider) for name, c in work.items()]
+    jobs = [
+        (layers[name], known.get(str(c.scheme)) or parse_scheme(str(c.scheme)), c.provider)
+        for name, c in work.items()
+    ]
     for layer, scheme, _ in jobs:
         _check_weight(layer, scheme)
     before = model_bytes(model).total

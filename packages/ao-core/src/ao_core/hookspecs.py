@@ -41,7 +41,7 @@ def ao_register_schemes() -> Sequence[type[Scheme]]:
 
 @hookspec
 def ao_register_ops() -> Sequence[Op]:
-    """Ops that this plugin defines; collected from all plugins before any kernel.
+    """Ops that this plugin defines; registered before any kernel.
 
     Returns:
         :class:`ao_core.Op` instances: a schema with a reference, a fake and samples.

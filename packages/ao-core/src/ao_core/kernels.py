@@ -81,8 +81,11 @@ class Kernel:
         """Why the kernel can't be registered, or None."""
         if not isinstance(self.op, str):
             return f"op must be the op's name, and is {self.op!r}"
-        if not self.provider.isidentifier() or self.provider == "reference":
+        word = isinstance(self.provider, str) and self.provider.isidentifier()
+        if not word or self.provider == "reference":
             return f"provider {self.provider!r} must be a word other than 'reference'"
+        if not isinstance(self.priority, (int, float)):
+            return f"priority must be a number, and is {self.priority!r}"
         return None if callable(self.fn) and callable(self.rejects) else "fn and rejects must be callable"
 
 
@@ -118,13 +121,14 @@ def clear_choices() -> None:
 
 @contextmanager
 def use_provider(provider: str, *, op: str | None = None) -> Iterator[None]:
-    """Force a provider inside the block, for every op or for one.
+    """Force a provider inside the block, for every op or for one; an inner block wins.
 
     Raises (when an op runs):
         RejectedError: the provider's kernel rejects, with its reason.
         UnknownNameError: the op has no kernel of that provider.
     """
-    token = _forced.set(f"{op}={provider}" if op else provider)
+    mine = f"{op}={provider}" if op else provider
+    token = _forced.set(f"{mine},{_forced.get()}")
     try:
         yield
     finally:
@@ -141,7 +145,7 @@ def dispatch(op: Op, args: tuple[Any, ...], pinned: str | None) -> Any:
             if index >= op.activations:
                 signature.append(arg.shape)
         else:
-            signature.append(arg)
+            signature.append(_hashable(arg))
     fn = _table.get(tuple(signature))
     if fn is None:
         fn = choose(op, key_of(op, args), pinned).fn
@@ -170,7 +174,7 @@ def key_of(op: Op, args: Sequence[Any]) -> Key:
         for arg in args[op.activations :]
         if arg is None or isinstance(arg, torch.Tensor)
     )
-    options = tuple(arg for arg in args if arg is not None and not isinstance(arg, torch.Tensor))
+    options = tuple(_hashable(a) for a in args if a is not None and not isinstance(a, torch.Tensor))
     return Key(tensors[0].device, tensors[0].dtype, weights, options)
 
 
@@ -194,9 +198,10 @@ def choose(op: Op, key: Key, pinned: str | None = None) -> Kernel:
             _log_once(kernel, reason)
     preferred = _chooser(op, key, usable) if _chooser is not None else None
     if preferred is not None and preferred not in usable:
+        named = repr(preferred.provider if isinstance(preferred, Kernel) else preferred)
         raise RejectedError(
-            f"ao_choose_kernel preferred {preferred.provider!r} for {op.name} on {key}, which is not "
-            f"among the usable {[kernel.provider for kernel in usable]}. Mend that plugin, or disable it."
+            f"ao_choose_kernel preferred {named} for {op.name} on {key}, which is not one of the usable "
+            f"kernels {[kernel.provider for kernel in usable]}. Mend that plugin, or disable it."
         )
     return preferred or usable[0]
 
@@ -257,6 +262,10 @@ def _log_once(kernel: Kernel, reason: str) -> None:
     if mark not in _logged:
         _logged.add(mark)
         logger.info("%s: kernel %s passed over: %s", kernel.op, kernel.provider, reason)
+
+
+def _hashable(option: Any) -> Any:
+    return tuple(option) if isinstance(option, list) else option
 
 
 def _shape_text(weight: tuple[torch.Size, torch.dtype]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ao_core.errors import PluginError
 from ao_core.registry import Registry
 
 Dispatch = Callable[["Op", tuple[Any, ...], "str | None"], Any]
@@ -58,19 +59,21 @@ class Op:
         self.activations = activations
         self.problem = _schema_problem(name, schema)
         if self.problem is None:
-            self.problem = _define(self)
+            _define(self)
             self.overload = getattr(torch.ops.ao, name).default
 
     def __call__(self, *args: Any, provider: str | None = None) -> Any:
         """Run the op: one node in a graph. ``provider`` is the one that a plan pinned."""
+        if self.problem is not None:
+            raise PluginError(f"op {self.name!r} can't run: {self.problem}")
         return self.overload(*args, provider=provider)
 
     def __repr__(self) -> str:
         return f"Op({self.name!r})"
 
     def invalid(self) -> str | None:
-        """Why the op can't be registered, or None."""
-        return self.problem
+        """Why the op can't be registered, or None. A name that is taken is for the loader to judge."""
+        return _schema_problem(self.name, self.schema)
 
 
 def _schema_problem(name: str, schema: str) -> str | None:
@@ -85,20 +88,20 @@ def _schema_problem(name: str, schema: str) -> str | None:
     return None
 
 
-def _define(op: Op) -> str | None:
+def _define(op: Op) -> None:
     held = _defined.get(op.name)
     if held is not None:
-        if held.reference.__module__ != op.reference.__module__ or held.schema != op.schema:
-            return f"an op of that name is already defined by {held.reference.__module__}"
-        _defined[op.name] = op  # the module was reloaded
-        return None
+        if held.reference.__module__ == op.reference.__module__ and held.schema == op.schema:
+            _defined[op.name] = op  # the module was reloaded
+        else:
+            op.problem = f"{held.reference.__module__} has defined an op of that name already"
+        return
     _defined[op.name] = op
     arguments, returns = op.schema.rsplit("->", 1)
     full = f"{arguments.rstrip()[:-1]}, *, str? provider=None) -> {returns.strip()}"
     _library.define(op.name + full)
     _library.impl(op.name, _runner(op.name), "CompositeExplicitAutograd")
     torch.library.register_fake(f"ao::{op.name}", _faker(op.name), lib=_library)
-    return None
 
 
 def _runner(name: str) -> Callable[..., Any]:

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import re
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from fnmatch import fnmatchcase
@@ -38,6 +37,13 @@ class Rule:
     pattern: str
     scheme: str | Scheme | None
     provider: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.pattern.startswith("re:"):
+            try:
+                re.compile(self.pattern[3:])
+            except re.error as error:
+                raise PlanError(f"{self.pattern!r} is no regular expression: {error}.") from error
 
     def matches(self, name: str) -> bool:
         """Whether the rule speaks of the layer called ``name``."""
@@ -92,34 +98,44 @@ class Plan:
         """The inverse of :meth:`to_json`.
 
         Raises:
-            PlanError: not JSON, or of another format version.
+            PlanError: not JSON, not a plan, or of another format version.
         """
         try:
             data = json.loads(text)
-            version = data["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise PlanError(f"this is no plan: {error}. A plan is the JSON that ao writes.") from error
-        if version != FORMAT:
-            raise PlanError(
-                f"the plan has format {version}, and this ao-core reads format {FORMAT}. "
-                "Make the plan again, or install the version that wrote it."
-            )
-        layers = {name: Choice(**choice) for name, choice in data["layers"].items()}
-        return cls(layers, data["fingerprint"])
+            if (version := data["format"]) != FORMAT:
+                raise PlanError(
+                    f"the plan has format {version}, and this ao-core reads format {FORMAT}. "
+                    "Make the plan again, or install the version that wrote it."
+                )
+            layers = {name: Choice(**choice) for name, choice in data["layers"].items()}
+            return cls(layers, data["fingerprint"])
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, PlanError):
+                raise
+            raise PlanError(f"this is no plan: {error!r}. A plan is the JSON that ao writes.") from error
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``; a file already there is replaced whole or not at all."""
         target = Path(path)
-        with tempfile.NamedTemporaryFile(
-            "w", dir=target.parent, prefix=f".{target.name}.", delete=False, encoding="utf-8"
-        ) as file:
-            file.write(self.to_json())
-        Path(file.name).replace(target)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Plan:
-        """Read a plan from ``path``; raises as :meth:`from_json` does."""
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        """Read a plan from ``path``.
+
+        Raises:
+            PlanError: the file can't be read, or as :meth:`from_json`.
+        """
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"{path} can't be read: {error}. Give a file that Plan.save wrote.") from error
+        return cls.from_json(text)
 
 
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
@@ -154,6 +170,9 @@ def resolve(model: nn.Module, rules: Sequence[Rule]) -> Plan:
     for name, layer in found.replaceable.items():
         rule = next((r for r in rules if any(map(r.matches, [name, *layer.aliases]))), None)
         choices[name] = _choice(layer, rule, schemes)
+        if choices[name].scheme is not None:
+            tied = Choice(None, reason=f"it shares the weight of {name}, which is converted")
+            choices |= dict.fromkeys(layer.shared, tied)
     if not any(choice.scheme for choice in choices.values()):
         raise PlanError(_nothing(model, choices))
     return Plan(choices)
@@ -193,15 +212,15 @@ def _check_matches(rules: Sequence[Rule], found: Layers) -> None:
         if any(map(rule.matches, usable)):
             continue
         hit = [name for name in found.left if rule.matches(name)]
-        if hit and (rule.scheme is None or rule.pattern == "*"):
+        if rule.pattern == "*" or (hit and rule.scheme is None):
             continue
         if hit:
             raise PlanError(
                 f"rule {rule.pattern!r} matches only what can't be converted: {hit[0]}: {found.left[hit[0]]}."
             )
         raise PlanError(
-            f"rule {rule.pattern!r} matches none of the {len(usable)} layers "
-            f"({', '.join(usable[:3])}, ...). Patterns match the whole name: try "
+            f"rule {rule.pattern!r} matches none of the {len(usable)} layers that can be converted "
+            f"({', '.join([*usable[:3], '...'][: len(usable)])}). Patterns match the whole name: try "
             "'*q_proj' or 're:.*q_proj'."
         )
 

@@ -51,13 +51,13 @@ class _Failure(Exception):
 
 @dataclass
 class Plugin:
-    """One installed plugin: where it comes from, what it registered, why it failed."""
+    """One installed plugin: where it comes from, what it registered, why it or a part of it failed."""
 
     point: metadata.EntryPoint
     source: Source
     module: Any = None
     answers: dict[str, list[Any]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    notes: list[Fault] = field(default_factory=list)
     disabled: bool = False
     fault: Fault | None = None
 
@@ -184,7 +184,7 @@ def _same_name(plugins: list[Plugin]) -> list[Plugin]:
 
 def _source(point: metadata.EntryPoint) -> Source:
     dist = point.dist
-    facts = dist.metadata if dist else {}
+    facts: Any = dist.metadata if dist else {}
     return Source(point.name, facts.get("Name") or "unknown", facts.get("Version") or "unknown")
 
 
@@ -202,7 +202,7 @@ def _attempt(plugin: Plugin, kinds: Iterable[str]) -> None:
             if kind not in plugin.answers and hasattr(plugin.module, REGISTERS[kind])
         }
         plugin.answers.update(fresh)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - whatever it raises, the others work on
         plugin.answers.clear()
         failure = error if isinstance(error, _Failure) else _unexpected(error, plugin.source.plugin)
         _fail(plugin, failure.stage, failure.error, failure.hint)
@@ -354,7 +354,7 @@ def _dispute(kind: str, name: str, claimants: list[Plugin], reserved: bool) -> N
     )
     for plugin in claimants:
         plugin.answers[kind] = [i for i in plugin.answers[kind] if _item_name(kind, i) != name]
-        plugin.notes.append(f"{error}. {hint}")
+        plugin.notes.append(Fault(plugin.source.plugin, plugin.source.distribution, "clash", error, hint))
     if kind != "command":
         _registries()[kind].dispute(name, f"{error}. {hint}")
     both = "+".join(plugin.source.plugin for plugin in claimants)
@@ -383,10 +383,13 @@ def _drop_orphan_kernels(plugins: list[Plugin]) -> None:
         kernels = plugin.answers.get("kernel", [])
         for kernel in kernels:
             if kernel.op not in ops:
-                plugin.notes.append(
-                    f"kernel {kernel.op}/{kernel.provider}: op {kernel.op!r} is not installed"
-                )
+                plugin.notes.append(_orphan(plugin.source, kernel))
         kernels[:] = [kernel for kernel in kernels if kernel.op in ops]
+
+
+def _orphan(source: Source, kernel: Any) -> Fault:
+    error = f"kernel {kernel.op}/{kernel.provider} is left out: op {kernel.op!r} is not installed"
+    return Fault(source.plugin, source.distribution, "answer", error, "Install the package that defines it")
 
 
 def _install_chooser(manager: pluggy.PluginManager) -> None:
@@ -404,6 +407,6 @@ def _mentions(point: metadata.EntryPoint, text: str) -> bool:
             spec = importlib.machinery.PathFinder.find_spec(part, path)
             origin = spec.origin if spec else None
             path = list((spec.submodule_search_locations if spec else None) or [])
-        return text in Path(str(origin)).read_text(encoding="utf-8")
+        return text in Path(origin or "").read_text(encoding="utf-8")
     except (OSError, ValueError, AttributeError):
         return True

@@ -86,8 +86,18 @@ def build(description: dict[str, Any], factory: Callable[[], nn.Module] | None) 
             f"this checkpoint holds a {description['class']}, which ao can't build by itself. "
             "Give a function that builds it: ao_core.load(directory, model=function)."
         )
-    with parameters_on_meta():
-        model = factory() if factory is not None else _from_transformers(description)
+    try:
+        with parameters_on_meta():
+            model = factory() if factory is not None else _from_transformers(description)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        raise CheckpointError(
+            f"building the {description['class']} failed ({type(error).__name__}: {error}). Parameters "
+            "have no storage meanwhile: the function that builds it must not move them or read them."
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise CheckpointError(f"model= must return an nn.Module, and returned {type(model).__name__}.")
     return model.eval()
 
 

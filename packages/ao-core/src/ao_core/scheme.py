@@ -118,7 +118,7 @@ class Scheme:
                 f"{data['name']!r} version {data['version']} was asked for, and the installed scheme is "
                 f"{cls.name!r} version {cls.version}. Install the version that wrote it."
             )
-        return cls._make(data["options"])
+        return cls._make({name: _frozen(value) for name, value in data["options"].items()})
 
     def __str__(self) -> str:
         changed = [
@@ -151,10 +151,10 @@ def parse_scheme(text: str | Scheme, **options: Any) -> Scheme:
         OptionError: an option it does not have, or a value it does not take.
     """
     if isinstance(text, Scheme):
-        return dataclasses.replace(text, **options) if options else text
+        return text._make({**vars(text), **options}) if options else text
     name, _, tail = text.partition(":")
     given: dict[str, Any] = {}
-    for part in filter(None, tail.split(",")):
+    for part in filter(None, re.split(r",(?![^()\[\]]*[)\]])", tail)):  # commas outside brackets
         key, equals, value = part.partition("=")
         if not equals:
             raise OptionError(f"{text!r} must read NAME:OPTION=VALUE,...; {part!r} has no '='.")
@@ -181,8 +181,13 @@ def invalid_scheme(item: Any) -> str | None:
     if any(_required(field) for field in dataclasses.fields(item)):
         return "each of its options needs a default"
     types = item.tensor_types
-    if not types or not all(isinstance(t, type) and issubclass(t, QuantizedTensor) for t in types):
-        return "tensor_types must list the QuantizedTensor classes that pack() returns"
+    known = isinstance(types, tuple) and all(isinstance(t, type) for t in types)
+    if not types or not known or not all(issubclass(t, QuantizedTensor) for t in types):
+        return "tensor_types must be a tuple of the QuantizedTensor classes that pack() returns"
+    try:
+        item()
+    except Exception as error:  # noqa: BLE001 - the author's own checks
+        return f"made with its defaults it raises {type(error).__name__}: {error}"
     return None
 
 
@@ -194,9 +199,14 @@ def _value(text: str) -> Any:
     if text.lower() in ("true", "false", "none"):
         text = text.capitalize()
     try:
-        return ast.literal_eval(text)
+        return _frozen(ast.literal_eval(text))
     except (ValueError, SyntaxError):
         return text
+
+
+def _frozen(value: Any) -> Any:
+    """Lists as the tuples that they were: options are hashable, and JSON has no tuple."""
+    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 SCHEMES: Registry[type[Scheme]] = Registry("scheme")

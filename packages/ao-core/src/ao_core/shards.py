@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -124,11 +125,15 @@ def check_target(path: Path) -> None:
     existing = path
     while not existing.exists():
         existing = existing.parent
-    if not existing.is_dir() or not os.access(existing, os.W_OK | os.X_OK):
-        raise CheckpointError(f"can't save to {path}: {existing} is not writable. Give another directory.")
+    try:
+        tempfile.TemporaryDirectory(prefix=SCRATCH, dir=existing).cleanup()
+    except OSError as error:
+        raise CheckpointError(
+            f"can't save to {path}: {existing} is not writable ({error.strerror}). Give another directory."
+        ) from error
     if path.exists():
-        others = [p.name for p in path.iterdir() if p.name != SCRATCH]
-        if others and INDEX not in others:
+        others = [p.name for p in path.iterdir()]
+        if others and INDEX not in others and SCRATCH not in others:  # the latter: a save was killed
             raise CheckpointError(
                 f"can't save to {path}: it holds {', '.join(sorted(others)[:3])} and no {INDEX}, so it is "
                 "not a checkpoint of ao. Give a new or empty directory."
@@ -154,6 +159,20 @@ def read_index(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{index} is corrupt: not a JSON object. Copy or make the checkpoint again.")
     return data
+
+
+def seal(index: Mapping[str, Any]) -> str:
+    """SHA-256 of what ``ao.json`` says, its own ``sha256`` aside."""
+    said = json.loads(json.dumps({key: value for key, value in index.items() if key != "sha256"}))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()
+
+
+def check_seal(path: Path, index: Mapping[str, Any]) -> None:
+    """Raise :class:`CheckpointError` unless ``ao.json`` says what was written."""
+    if index.get("sha256") != seal(index):
+        raise CheckpointError(
+            f"{path / INDEX} is corrupt: it does not have the SHA-256 that it names. Copy it again."
+        )
 
 
 def verify(path: Path, files: Mapping[str, Mapping[str, Any]], *, checksums: bool) -> None:

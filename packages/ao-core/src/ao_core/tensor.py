@@ -127,6 +127,12 @@ class QuantizedTensor(torch.Tensor):
             **self.attributes(),
         )
 
+    def share_memory_(self: Q) -> Q:
+        """Move the stored tensors to shared memory, for other processes."""
+        for tensor in self.stored().values():
+            tensor.share_memory_()
+        return self
+
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         dtype = str(self.dtype).removeprefix("torch.")
         return (
@@ -237,6 +243,8 @@ def _to_copy(
             f"{type(tensor).__name__} can be cast to a floating dtype, not to {dtype}. "
             "Call .dequantize() for a plain tensor."
         )
+    if isinstance(tensor, TransposedWeight):
+        return _transpose(_to_copy(tensor.base, dtype=dtype, device=device, **kwargs))  # type: ignore[return-value]
     non_blocking = bool(kwargs.get("non_blocking", False))
     return tensor.map(lambda data: _moved(data, device, non_blocking), dtype=dtype)
 
@@ -252,16 +260,22 @@ def _copy_(target: Q, source: torch.Tensor, non_blocking: bool = False) -> Q:
         type(target) is type(source)
         and target.shape == source.shape
         and target.attributes() == source.attributes()
+        and target.stored().keys() == source.stored().keys()
     )
     if not same:
         raise TypeError(
-            f"{target!r} can only be overwritten by a tensor of the same class, shape and options, and "
-            f"the source is {type(source).__name__} {tuple(source.shape)}. To load a checkpoint use "
+            f"a {type(target).__name__} {tuple(target.shape)} can only be overwritten by a tensor of the "
+            f"same class, shape and options, and the source is {_outline(source)}. To load a checkpoint use "
             "load_state_dict(..., assign=True) or ao_core.load; to quantize a float one, ao_core.quantize_."
         )
     for name, data in target.stored().items():
         data.copy_(getattr(source, name), non_blocking)
     return target
+
+
+def _outline(tensor: torch.Tensor) -> str:
+    options = tensor.attributes() if isinstance(tensor, QuantizedTensor) else ""
+    return f"{type(tensor).__name__} {tuple(tensor.shape)} {options}".rstrip()
 
 
 def _transpose(tensor: QuantizedTensor, *dims: int) -> QuantizedTensor:
@@ -272,6 +286,13 @@ def _transpose(tensor: QuantizedTensor, *dims: int) -> QuantizedTensor:
         return tensor.base
     shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
     return TransposedWeight(tensor, shape=shape, dtype=tensor.dtype, scheme=tensor.scheme)
+
+
+def _permute(tensor: QuantizedTensor, dims: list[int]) -> QuantizedTensor:
+    wanted = [dim % tensor.ndim for dim in dims]
+    if wanted != [*range(tensor.ndim - 2), tensor.ndim - 1, tensor.ndim - 2]:
+        _refuse(type(tensor), f"a permutation to {dims}")
+    return _transpose(tensor)
 
 
 def _mm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
@@ -299,6 +320,8 @@ def _plain(tensor: torch.Tensor) -> torch.Tensor:
 
 def _cut(tensor: Q, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], outer: tuple[int, ...]) -> Q:
     """Apply a cut along ``dim`` to the tensors that have that dimension."""
+    if isinstance(tensor, TransposedWeight):
+        _refuse(type(tensor), "a cut; cut before transposing")
     dim %= tensor.ndim
     names = tensor.row_data if tensor.row_data is not None else tuple(tensor.stored())
     for name in names:
@@ -334,6 +357,9 @@ def _split(tensor: Q, sizes: int | list[int], dim: int = 0) -> list[Q]:
     total = tensor.shape[dim]
     lengths = sizes if isinstance(sizes, list) else [sizes] * (-(-total // max(sizes, 1)))
     starts = [sum(lengths[:index]) for index in range(len(lengths))]
+    whole = sum(lengths) == total if isinstance(sizes, list) else sizes > 0
+    if not whole or min(lengths) < 0:
+        raise ValueError(f"dimension {dim} of {tuple(tensor.shape)} can't be split by {sizes}.")
     return [
         _slice(tensor, dim, start, min(start + length, total))
         for start, length in zip(starts, lengths, strict=True)
@@ -362,6 +388,7 @@ _HANDLERS: dict[Any, Callable[..., Any]] = {
     aten.copy_.default: _copy_,
     aten.t.default: _transpose,
     aten.transpose.int: _transpose,
+    aten.permute.default: _permute,
     aten.mm.default: _mm,
     aten.addmm.default: _addmm,
     aten.linear.default: _linear_aten,

@@ -129,7 +129,7 @@ def _fake(x: torch.Tensor, codes: torch.Tensor, *rest: Any) -> torch.Tensor:
 def _samples(device: torch.device, grouped: bool) -> Iterator[tuple[Any, ...]]:
     generator = torch.Generator().manual_seed(0)
     dtypes = (torch.float32, torch.bfloat16, torch.float16)
-    shapes = [(1, 576, 192), (3, 100, 17), (17, 63, 1), (2, 1, 5), (40, 576, 64), (0, 64, 8)]
+    shapes = [(1, 576, 192), (3, 100, 17), (17, 63, 1), (2, 1, 5), (49, 576, 224), (4, 64, 32), (0, 64, 8)]
     for dtype in dtypes:
         for rows, k, n in shapes:
             x = torch.randn(rows, k, generator=generator).to(dtype)

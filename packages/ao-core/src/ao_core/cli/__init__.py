@@ -11,6 +11,7 @@ import typer
 
 from ao_core import plugins
 from ao_core.cli import listing, modelling, output
+from ao_core.command import Command
 from ao_core.errors import AoError
 
 BUILT_IN: dict[str, Callable[..., Any]] = {
@@ -35,12 +36,23 @@ def build() -> typer.Typer:
     app.callback()(_root)
     for name, function in BUILT_IN.items():
         app.command(name)(function)
-    for command, _ in plugins.commands():
-        if isinstance(command.run, typer.Typer):
-            app.add_typer(command.run, name=command.name)
+    for command, source in plugins.commands():
+        alone = typer.Typer()
+        _add(alone, command)
+        try:
+            typer.main.get_command(alone)
+        except Exception as error:  # noqa: BLE001 - typer refuses an annotation in many ways
+            output.warn(f"command {command.name!r} of {source} is left out: typer refuses it: {error}")
         else:
-            app.command(command.name)(command.run)
+            _add(app, command)
     return app
+
+
+def _add(app: typer.Typer, command: Command) -> None:
+    if isinstance(command.run, typer.Typer):
+        app.add_typer(command.run, name=command.name)
+    else:
+        app.command(command.name)(command.run)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,7 +24,8 @@ def list_plugins(json: Json = False) -> None:
     for row in rows:
         for problem in row["problems"]:
             output.results.print()
-            output.results.print(problem, markup=False)
+            text = f"{row['plugin']}, {problem['stage']}: {problem['error']}. {problem['hint']}."
+            output.results.print(text, markup=False)
 
 
 def list_schemes(json: Json = False) -> None:
@@ -36,7 +37,7 @@ def list_schemes(json: Json = False) -> None:
     rows: list[dict[str, Any]] = [
         {
             "scheme": name,
-            "options": {field.name: field.default for field in dataclasses.fields(entry.item)},
+            "options": dataclasses.asdict(entry.item()),
             "version": entry.item.version,
             "plugin": entry.source.plugin,
             "distribution": f"{entry.source.distribution} {entry.source.version}",
@@ -106,10 +107,7 @@ def _explain(name: str, device: str, json: bool) -> None:
 
     rows = explain(OPS.get(name), parse_device(device))
     if json:
-        finite = [
-            {**asdict(row), "priority": None if row.provider == "reference" else row.priority} for row in rows
-        ]
-        output.as_json(finite)
+        output.as_json([asdict(row) for row in rows])
         return
     for key in dict.fromkeys(row.key for row in rows):
         output.table(
@@ -125,19 +123,19 @@ def _explain(name: str, device: str, json: bool) -> None:
 
 
 def _plugin_row(plugin: Any) -> dict[str, Any]:
-    problems = [*plugin.notes]
-    if plugin.fault is not None:
-        problems.append(f"{plugin.source.plugin}: {plugin.fault.error}. {plugin.fault.hint}.")
-    state = "disabled" if plugin.disabled else "ok" if plugin.fault is None else "not usable"
+    problems = [*plugin.notes, *([plugin.fault] if plugin.fault else [])]
+    state = "not usable" if plugin.fault else "in part" if problems else "ok"
     counts = {kind: plugin.names(kind) for kind in ("scheme", "op", "kernel", "algorithm", "command")}
-    provides = ", ".join(f"{len(names)} {kind}s" for kind, names in counts.items() if names)
+    provides = ", ".join(
+        f"{len(names)} {kind}{'s' * (len(names) > 1)}" for kind, names in counts.items() if names
+    )
     return {
         "plugin": plugin.source.plugin,
         "distribution": f"{plugin.source.distribution} {plugin.source.version}",
-        "state": state,
+        "state": "disabled" if plugin.disabled else state,
         "provides": provides,
         "names": {f"{kind}s": names for kind, names in counts.items() if names},
-        "problems": problems,
+        "problems": [{"stage": f.stage, "error": f.error, "hint": f.hint} for f in problems],
     }
 
 

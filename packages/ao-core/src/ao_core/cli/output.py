@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -29,8 +30,8 @@ def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) 
 
 
 def as_json(data: Any) -> None:
-    """Print ``data`` as JSON."""
-    print(json.dumps(data, indent=1, allow_nan=False))  # noqa: T201
+    """Print ``data`` as JSON, in which NaN and infinity become null."""
+    print(json.dumps(_finite(data), indent=1, allow_nan=False))  # noqa: T201
 
 
 def say(text: str) -> None:
@@ -58,6 +59,14 @@ def show_log(verbose: bool) -> None:
 def megabytes(count: float) -> str:
     """Bytes as megabytes (10**6) with one decimal."""
     return f"{count / 1e6:.1f}"
+
+
+def _finite(data: Any) -> Any:
+    if isinstance(data, dict):
+        return {key: _finite(value) for key, value in data.items()}
+    if isinstance(data, (list, tuple)):
+        return [_finite(value) for value in data]
+    return None if isinstance(data, float) and not math.isfinite(data) else data
 
 
 def _is_number(text: str) -> bool:

@@ -53,10 +53,13 @@ def check_inputs_unchanged(op: Op, kernel: Kernel, device: torch.device) -> None
         if kernel.rejects(key_of(op, args)) is not None:
             continue
         before = [arg.clone() if isinstance(arg, torch.Tensor) else arg for arg in args]
-        kernel.fn(*args)
+        found = kernel.fn(*args)
+        memory = {each.untyped_storage().data_ptr() for each in _tensors(found) if each.numel()}
         for index, (old, new) in enumerate(zip(before, args, strict=True)):
             if isinstance(old, torch.Tensor):
                 assert torch.equal(old, new), f"argument {index} was changed: {_text(args)}"
+                returned = new.untyped_storage().data_ptr() in memory
+                assert not returned, f"argument {index} is returned: {_text(args)}"
 
 
 def check_non_contiguous(op: Op, kernel: Kernel, device: torch.device) -> None:
@@ -101,6 +104,10 @@ def kernels_of(op: str) -> Iterator[tuple[Op, Kernel]]:
     for entry in KERNELS.entries().values():
         if entry.item.op == op:
             yield OPS.get(op), entry.item
+
+
+def _tensors(found: Any) -> tuple[torch.Tensor, ...]:
+    return (found,) if isinstance(found, torch.Tensor) else tuple(found)
 
 
 def _assert_close(found: Any, expected: Any, text: str) -> None:

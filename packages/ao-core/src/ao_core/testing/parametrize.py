@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ao_core.ops import OPS
 from ao_core.scheme import Scheme, parse_scheme
 from ao_core.testing.kernels import KERNEL_CHECKS, kernels_of
 from ao_core.testing.storage import STORAGE_CHECKS
@@ -41,7 +42,8 @@ def parametrize_scheme_checks(
         for check in (*VALUE_CHECKS, *STORAGE_CHECKS)
         for device in devices()
     ]
-    return _parametrize(cases, expected_failures)
+    known = {check.__name__ for check in (*VALUE_CHECKS, *STORAGE_CHECKS)}
+    return _parametrize(cases, known, expected_failures)
 
 
 def parametrize_kernel_checks(*ops: str, expected_failures: Mapping[str, str] | None = None) -> Decorator:
@@ -52,7 +54,13 @@ def parametrize_kernel_checks(*ops: str, expected_failures: Mapping[str, str] | 
     Args:
         *ops: op names.
         expected_failures: check name → why it fails. Strict.
+
+    Raises:
+        UnknownNameError: no installed plugin defines the op.
+        ValueError: the op has no kernel.
     """
+    if bare := [op for op in ops if not list(kernels_of(OPS.get(op).name))]:
+        raise ValueError(f"{', '.join(bare)} has no kernel besides its reference: nothing to check.")
     cases: list[Case] = [
         (f"{op.name}-{kernel.provider}-{name}-{device}", name, partial(check, op, kernel, device))
         for op_name in ops
@@ -60,7 +68,7 @@ def parametrize_kernel_checks(*ops: str, expected_failures: Mapping[str, str] | 
         for device in _runs_on(op, kernel)
         for name, check in KERNEL_CHECKS.items()
     ]
-    return _parametrize(cases, expected_failures)
+    return _parametrize(cases, set(KERNEL_CHECKS), expected_failures)
 
 
 def _runs_on(op: Any, kernel: Any) -> Iterator[torch.device]:
@@ -71,10 +79,9 @@ def _runs_on(op: Any, kernel: Any) -> Iterator[torch.device]:
             yield device
 
 
-def _parametrize(cases: list[Case], expected: Mapping[str, str] | None) -> Decorator:
+def _parametrize(cases: list[Case], known: set[str], expected: Mapping[str, str] | None) -> Decorator:
     import pytest
 
-    known = {name for _, name, _ in cases}
     if unknown := sorted(set(expected or {}) - known):
         raise ValueError(f"expected_failures names no check: {unknown}. There are {sorted(known)}.")
     params = [

@@ -24,11 +24,15 @@ from ao_core.testing.values import gaussian
 
 def assert_same(first: torch.Tensor, second: torch.Tensor) -> None:
     """Two quantized tensors are of one class and hold the same, bit for bit."""
-    assert isinstance(first, QuantizedTensor) and isinstance(second, QuantizedTensor)
+    assert isinstance(first, QuantizedTensor), f"{type(first).__name__} is not quantized"
+    assert isinstance(second, QuantizedTensor), f"{type(first).__name__} became {type(second).__name__}"
     assert type(first) is type(second), f"{type(first).__name__} became {type(second).__name__}"
-    assert (first.shape, first.dtype) == (second.shape, second.dtype)
-    assert (first.scheme, first.attributes()) == (second.scheme, second.attributes())
-    assert first.stored().keys() == second.stored().keys()
+    for what in ("shape", "dtype", "scheme"):
+        one, other = getattr(first, what), getattr(second, what)
+        assert one == other, f"{what} {one} became {other}"
+    one, other = first.attributes(), second.attributes()
+    assert one == other, f"attributes {one} became {other}"
+    assert first.stored().keys() == second.stored().keys(), f"stored are {list(second.stored())}"
     for name, data in first.stored().items():
         assert torch.equal(data, second.stored()[name]), f"stored tensor {name!r} differs"
 
@@ -36,7 +40,8 @@ def assert_same(first: torch.Tensor, second: torch.Tensor) -> None:
 def check_options_round_trip(scheme: Scheme, device: torch.device) -> None:
     """A scheme is the same after its dict, JSON and its text."""
     data = json.loads(json.dumps(scheme.to_dict()))
-    assert type(scheme).from_dict(data) == scheme
+    again = type(scheme).from_dict(data)
+    assert again == scheme, f"{scheme!r} became {again!r} by its dict"
     if scheme.name in SCHEMES:
         assert parse_scheme(str(scheme)) == scheme, f"{scheme} does not parse to itself"
 
@@ -65,7 +70,7 @@ def check_copies(scheme: Scheme, device: torch.device) -> None:
     for again in (quantized.clone(), quantized.detach(), copy.deepcopy(module).weight):
         assert_same(quantized, again)
     for again in (quantized.clone(), copy.deepcopy(module).weight):
-        assert isinstance(again, QuantizedTensor)
+        assert isinstance(again, QuantizedTensor), f"it became {type(again).__name__}"
         for name, data in again.stored().items():
             assert data.data_ptr() != quantized.stored()[name].data_ptr(), f"{name!r} is shared"
 
@@ -76,10 +81,11 @@ def check_to(scheme: Scheme, device: torch.device) -> None:
     values = module.weight.dequantize()
     for dtype in (torch.bfloat16, torch.float16):
         moved = copy.deepcopy(module).to(dtype)
-        assert moved.weight.dtype == dtype and isinstance(moved.weight, QuantizedTensor)
+        assert isinstance(moved.weight, QuantizedTensor), f"it became {type(moved.weight).__name__}"
+        assert moved.weight.dtype == dtype, f"{moved.weight.dtype} after .to({dtype})"
         torch.testing.assert_close(moved.weight.dequantize(), values.to(dtype), rtol=0.01, atol=1e-3)
         x = gaussian(2, 100, device=device, dtype=dtype)
-        assert moved(x).dtype == dtype
+        assert moved(x).dtype == dtype, f"the linear gives {moved(x).dtype} after .to({dtype})"
     assert_same(module.weight, copy.deepcopy(module).to("cpu").to(device).weight)
 
 
@@ -95,7 +101,7 @@ def check_state_dict(scheme: Scheme, device: torch.device) -> None:
     other.load_state_dict(state, assign=True)
     assert_same(module.weight, other.weight)
     x = gaussian(3, 100, device=device)
-    assert torch.equal(module(x), other(x))
+    assert torch.equal(module(x), other(x)), "the linear's result differs after load_state_dict"
 
 
 def check_safetensors(scheme: Scheme, device: torch.device) -> None:
@@ -109,7 +115,7 @@ def check_safetensors(scheme: Scheme, device: torch.device) -> None:
         )
     assert_same(model[0].weight, again[0].weight)
     x = gaussian(3, 100, device=device)
-    assert torch.equal(model(x), again(x))
+    assert torch.equal(model(x), again(x)), "the linear's result differs after load"
 
 
 def check_compile(scheme: Scheme, device: torch.device) -> None:

@@ -44,7 +44,7 @@ def check_shape_and_dtype_kept(scheme: Scheme, device: torch.device) -> None:
             for tensor in (quantized, quantized.dequantize()):
                 found = (tensor.shape, tensor.dtype, tensor.device)
                 assert found == (weight.shape, dtype, weight.device), f"{found} for {(n, k)} {dtype}"
-            assert not quantized.requires_grad
+            assert not quantized.requires_grad, "a quantized weight must not require grad"
 
 
 def check_linear_equals_dequantized_linear(scheme: Scheme, device: torch.device) -> None:
@@ -102,7 +102,7 @@ def check_no_aliasing(scheme: Scheme, device: torch.device) -> None:
     before = weight.clone()
     quantized = scheme.quantize(weight)
     assert torch.equal(weight, before), "quantize() changed the float weight"
-    values = quantized.dequantize()
+    values = quantized.dequantize().clone()
     weight.fill_(7)
     assert torch.equal(quantized.dequantize(), values), "the quantized weight shares memory with it"
 
@@ -162,7 +162,8 @@ def check_columns_encode_alone(scheme: Scheme, device: torch.device) -> None:
     weight = gaussian(17, 100, device=device)
     qparams = scheme.choose_qparams(weight)
     codes = scheme.encode(weight, qparams)
-    assert codes.shape == weight.shape and not codes.is_floating_point()
+    assert codes.shape == weight.shape, f"codes are {tuple(codes.shape)} for {tuple(weight.shape)}"
+    assert not codes.is_floating_point(), f"codes are {codes.dtype}, not integers"
     decoded = scheme.decode(codes, qparams)
     torch.testing.assert_close(decoded, scheme.quantize(weight).dequantize(), rtol=1e-6, atol=0)
     groups = {name: value.shape[-1] for name, value in qparams.items() if value.ndim == 2}
@@ -187,9 +188,11 @@ def check_rows(scheme: Scheme, device: torch.device) -> None:
     values = quantized.dequantize()
     indices = torch.tensor([[0, 16], [5, 5]], device=device)
     try:
-        assert torch.equal(quantized[3:9].dequantize(), values[3:9])
-        assert [part.shape[0] for part in torch.split(quantized, 5)] == [5, 5, 5, 2]
-        assert torch.equal(F.embedding(indices, quantized), F.embedding(indices, values))
+        assert torch.equal(quantized[3:9].dequantize(), values[3:9]), "a slice of rows differs"
+        parts = torch.split(quantized, 5)
+        assert [part.shape[0] for part in parts] == [5, 5, 5, 2], "a split has other parts"
+        found, expected = F.embedding(indices, quantized), F.embedding(indices, values)
+        assert torch.equal(found, expected), "a look-up of rows differs"
     except NotImplementedError as error:
         assert type(quantized).__name__ in str(error), "the refusal must name the class"
 
@@ -199,7 +202,8 @@ def check_transposed_matmul(scheme: Scheme, device: torch.device) -> None:
     quantized = scheme.quantize(gaussian(17, 100, device=device))
     x = gaussian(3, 100, device=device)
     torch.testing.assert_close(x @ quantized.t(), F.linear(x, quantized))
-    assert torch.equal(quantized.t().dequantize(), quantized.dequantize().t())
+    same = torch.equal(quantized.t().dequantize(), quantized.dequantize().t())
+    assert same, "the transposed weight dequantizes to something else"
 
 
 def _assert_refused(scheme: Scheme, weight: torch.Tensor, text: str) -> None:

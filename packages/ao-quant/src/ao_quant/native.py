@@ -1,0 +1,210 @@
+"""CPU kernels in C (native.c), compiled once for the processor at hand and kept in the cache directory.
+
+torch's own kernels lose to the float linear in places: its int8 kernel from about 8 rows on, and
+dequantizing by torch ops costs more than the multiplication. These do not. Where there is no C compiler
+the kernels of :mod:`ao_quant.int8_ops` run.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from platformdirs import user_cache_path
+
+from ao_core import Kernel, Key
+
+logger = logging.getLogger(__name__)
+
+_SOURCE = Path(__file__).with_name("native.c")
+_FLAGS = (
+    "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fassociative-math", "-fno-signed-zeros",
+    "-fno-trapping-math", "-funroll-loops",
+)  # fmt: skip
+_POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+_DEQUANTIZE = [_POINTER] * 3 + [_LONG] * 4 + [_INT]
+_SIGNATURES = {
+    "dequantize_bfloat16": (_DEQUANTIZE, None),
+    "dequantize_float32": (_DEQUANTIZE, None),
+    "few_rows": ([_POINTER] * 5 + [_INT] + [_LONG] * 5 + [_INT], None),
+    "many_rows": ([_POINTER] * 5 + [_LONG] * 3 + [_POINTER, _INT], None),
+    "has_matrix_unit": ([], _INT),
+    "scratch_size": ([_LONG, _INT], _LONG),
+}
+# few_rows against the next best, 2 threads of a CPU with AMX, SmolLM2's shapes in bfloat16: 0.71 of its
+# time at 4 rows, about even at 8.
+_FEW = 4
+_CHUNK = 4_000_000  # weights dequantized at a time, so that a large layer needs no large copy
+
+
+def weight_linear_native(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    """``int8_weight_linear``: dot products for few rows, the matrix unit or a float matmul above."""
+    n, k = codes.shape
+    if x.shape[-1] != k:
+        raise RuntimeError(
+            f"a linear with {k} input features was given an input {tuple(x.shape)}; "
+            "its last dimension must match."
+        )
+    rows = x.reshape(-1, k).contiguous()  # [M, K]
+    codes, scale = codes.contiguous(), scale.contiguous()
+    if rows.shape[0] == 0:
+        out = rows.new_empty(0, n)
+    elif rows.shape[0] <= _FEW:
+        out = _few_rows(rows, codes, scale, bias, group_size)
+    elif x.dtype == torch.bfloat16 and scale.shape[1] == 1 and _matrix_unit_takes(n, k):
+        out = _many_rows(rows, codes, scale, bias)
+    else:
+        out = _dequantized(rows, codes, scale, bias, group_size)
+    return out.view(*x.shape[:-1], n)
+
+
+def unavailable() -> str | None:
+    """Why the library can't be used here, or None. The first call compiles it (a second or two)."""
+    library = _library()
+    return library if isinstance(library, str) else None
+
+
+def _few_rows(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    (n, k), groups = codes.shape, scale.shape[1]
+    wide = rows.float()
+    wide_bias = None if bias is None else bias.float()
+    out = rows.new_empty(rows.shape[0], n)
+    _call("few_rows", wide, codes, scale, wide_bias, out, int(out.dtype == torch.bfloat16), rows.shape[0], n,
+          k, groups, k if group_size < 0 else group_size)  # fmt: skip
+    return out
+
+
+def _many_rows(
+    rows: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    (n, k), m = codes.shape, rows.shape[0]
+    padded = F.pad(rows, (0, 0, 0, -m % 16)) if m % 16 else rows
+    wide_bias = None if bias is None else bias.float()
+    out = rows.new_empty(m, n)
+    size = _loaded().scratch_size(k, torch.get_num_threads())
+    scratch = rows.new_empty(size + 32)
+    scratch = scratch[-scratch.data_ptr() % 64 // 2 :]  # at a multiple of 64 bytes
+    _call("many_rows", padded, codes, scale, wide_bias, out, m, n, k, scratch)
+    return out
+
+
+def _dequantized(
+    rows: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    group_size: int,
+) -> torch.Tensor:
+    (n, k), groups = codes.shape, scale.shape[1]
+    step = max(1, _CHUNK // k)
+    name = "dequantize_bfloat16" if rows.dtype == torch.bfloat16 else "dequantize_float32"
+    parts = []
+    for start in range(0, n, step):
+        part, part_scale = codes[start : start + step], scale[start : start + step]
+        weight = rows.new_empty(part.shape)
+        _call(name, part, part_scale, weight, len(part), k, groups, k if group_size < 0 else group_size)
+        parts.append(F.linear(rows, weight, None if bias is None else bias[start : start + step]))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
+
+
+def _call(name: str, *args: torch.Tensor | int | None) -> None:
+    values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
+    getattr(_loaded(), name)(*values, torch.get_num_threads())
+
+
+def _matrix_unit_takes(n: int, k: int) -> bool:
+    return n % 32 == 0 and k % 32 == 0 and _matrix_unit()
+
+
+@functools.cache
+def _matrix_unit() -> bool:
+    return bool(_loaded().has_matrix_unit())
+
+
+def _loaded() -> ctypes.CDLL:
+    library = _library()
+    if isinstance(library, str):
+        raise RuntimeError(library)
+    return library
+
+
+@functools.cache
+def _library() -> ctypes.CDLL | str:
+    """The library, or why there is none."""
+    if sys.platform != "linux":
+        return f"the native kernels are built on Linux, not on {sys.platform}"
+    compiler = os.environ.get("CC") or shutil.which("cc") or shutil.which("gcc") or shutil.which("clang")
+    if compiler is None:
+        return "there is no C compiler: install gcc, or set CC"
+    try:
+        library = ctypes.CDLL(str(_built(compiler)))
+    except (OSError, subprocess.SubprocessError) as error:
+        detail = getattr(error, "stderr", None) or str(error)
+        return f"compiling the native kernels failed: {detail.strip().splitlines()[-1]}"
+    for name, (arguments, result) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, result
+    return library
+
+
+def _built(compiler: str) -> Path:
+    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, text=True).stdout
+    parts = [_SOURCE.read_text(encoding="utf-8"), version, " ".join(_FLAGS), _processor()]
+    digest = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+    folder = Path(os.environ.get("AO_CACHE_DIR") or user_cache_path("ao")) / "native"
+    target = folder / f"int8-{digest}.so"
+    if not target.exists():
+        logger.info("compiling %s with %s", _SOURCE.name, compiler)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as scratch:
+            built = Path(scratch) / target.name
+            command = [compiler, *_FLAGS, "-o", str(built), str(_SOURCE)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            built.replace(target)
+    return target
+
+
+def _processor() -> str:
+    """What ``-march=native`` depends on: a cache directory may be shared by unlike machines."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+    lines = {line for line in text.splitlines() if line.startswith(("flags", "Features", "model name"))}
+    return "\n".join(sorted(lines))
+
+
+def _rejects(key: Key) -> str | None:
+    if key.device.type != "cpu":
+        return f"it runs on cpu, not on {key.device.type}"
+    if key.dtype not in (torch.bfloat16, torch.float32):
+        return f"it takes bfloat16 and float32 activations, not {key.dtype}"
+    return unavailable()
+
+
+INT8_WEIGHT_LINEAR_NATIVE = Kernel(
+    "int8_weight_linear", "native", weight_linear_native, priority=10, rejects=_rejects
+)
