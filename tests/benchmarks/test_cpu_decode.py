@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import ao_core as ao
 import pytest
 import torch
 from timing import interleaved
+
+import ao_core as ao
 
 transformers = pytest.importorskip("transformers")
 STEPS, PROMPT = 16, 64

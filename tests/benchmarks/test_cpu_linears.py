@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import copy
 
-import ao_core as ao
 import pytest
 import torch
 from timing import LAYERS, interleaved, linears
+
+import ao_core as ao
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 ROWS = (1, 2, 4, 8, 16, 32, 64, 256)

@@ -27,7 +27,7 @@ def linears(dtype: torch.dtype) -> nn.ModuleList:
     for n, k in list(LAYERS.values()) * BLOCKS:
         module = nn.Linear(k, n, bias=False, dtype=dtype)
         module.weight.data = (torch.randn(n, k, generator=generator) / k**0.5).to(dtype)
-        modules.append(module.requires_grad_(False))
+        modules.append(module.requires_grad_(requires_grad=False))
     return nn.ModuleList(modules)
 
 

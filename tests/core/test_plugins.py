@@ -338,6 +338,18 @@ def test_ao_register_ops(site):
     assert torch.equal(torch.ops.ao.fake_ops_hook(x, weight), x @ weight.t())
 
 
+def test_an_op_that_two_plugins_define(site):
+    """It belongs to neither, whoever was imported first."""
+    code = OP.format(name="fake_op_claimed") + "\n\n@ao.hookimpl\ndef ao_register_ops():\n    return [OP]\n"
+    site.install("one", code)
+    site.install("two", code)
+    load_quietly()
+    (fault,) = FAULTS
+    assert (fault.plugin, fault.stage) == ("one+two", "clash")
+    with pytest.raises(ao.UnknownNameError, match=r"one \(one 1.0\) and two \(two 1.0\)"):
+        OPS.get("fake_op_claimed")
+
+
 def test_ao_register_kernels(site):
     """For an op of another plugin; one for an op that nobody defines is left out and listed."""
     code = OP.format(name="fake_kernel_hook") + "\n\n@ao.hookimpl\ndef ao_register_ops():\n    return [OP]\n"

@@ -283,7 +283,7 @@ def _transpose(tensor: QuantizedTensor, *dims: int) -> QuantizedTensor:
     if tensor.ndim < 2 or (dims and {dim % tensor.ndim for dim in dims} != last_two):
         _refuse(type(tensor), f"a transposition of dimensions {dims}")
     if isinstance(tensor, TransposedWeight):
-        return tensor.base
+        return tensor.base.map(lambda data: data.detach())  # autograd needs a new view
     shape = (*tensor.shape[:-2], tensor.shape[-1], tensor.shape[-2])
     return TransposedWeight(tensor, shape=shape, dtype=tensor.dtype, scheme=tensor.scheme)
 

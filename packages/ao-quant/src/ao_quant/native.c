@@ -14,7 +14,6 @@ static int omp_get_num_threads(void) { return 1; }
 #endif
 
 #define AHEAD 4096
-#define MAX_ROWS 4
 
 static inline uint16_t to_bfloat16(float value) {
     uint32_t bits;
@@ -56,7 +55,7 @@ static inline float same(float value) { return value; }
 DEQUANTIZE(dequantize_bfloat16, uint16_t, finite_to_bfloat16)
 DEQUANTIZE(dequantize_float32, float, same)
 
-/* x [m, k] times codes [n, k], m up to MAX_ROWS: sums of one weight row, each group scaled once. */
+/* M rows of x [M, k] times one weight row: M sums, each group of columns scaled once. */
 #define ROW(M)                                                                                       \
     static inline void row_##M(const float *restrict x, const int8_t *restrict c,                    \
                                const float *restrict scale, float *restrict sums, int64_t k,         \
@@ -84,16 +83,19 @@ void few_rows(const float *restrict x, const int8_t *restrict codes, const float
         for (int64_t row = n * t / count; row < n * (t + 1) / count; ++row) {
             const int8_t *c = codes + row * k;
             const float *s = scale + row * groups;
-            float sums[MAX_ROWS] = {0};
             prefetch(c, k);
-            if (m == 1) row_1(x, c, s, sums, k, groups, group_size);
-            else if (m == 2) row_2(x, c, s, sums, k, groups, group_size);
-            else if (m == 3) row_3(x, c, s, sums, k, groups, group_size);
-            else row_4(x, c, s, sums, k, groups, group_size);
-            for (int64_t i = 0; i < m; ++i) {
-                const float value = sums[i] + (bias ? bias[row] : 0.0f);
-                if (as_bfloat16) ((uint16_t *)out)[i * n + row] = to_bfloat16(value);
-                else ((float *)out)[i * n + row] = value;
+            for (int64_t first = 0; first < m; first += 4) {
+                const int64_t left = m - first < 4 ? m - first : 4;
+                float sums[4] = {0};
+                if (left == 4) row_4(x + first * k, c, s, sums, k, groups, group_size);
+                else if (left == 3) row_3(x + first * k, c, s, sums, k, groups, group_size);
+                else if (left == 2) row_2(x + first * k, c, s, sums, k, groups, group_size);
+                else row_1(x + first * k, c, s, sums, k, groups, group_size);
+                for (int64_t i = 0; i < left; ++i) {
+                    const float value = sums[i] + (bias ? bias[row] : 0.0f);
+                    if (as_bfloat16) ((uint16_t *)out)[(first + i) * n + row] = to_bfloat16(value);
+                    else ((float *)out)[(first + i) * n + row] = value;
+                }
             }
         }
     }

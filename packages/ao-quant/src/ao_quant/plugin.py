@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @hookimpl
 def ao_register_schemes() -> list[Any]:
-    """int8 schemes."""
+    """The int8 schemes."""
     from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
 
     return [Int8WeightOnly, Int8Dynamic]
@@ -28,10 +28,11 @@ def ao_register_ops() -> list[Any]:
 
 @hookimpl
 def ao_register_kernels() -> list[Any]:
-    """Torch's own kernels for them."""
+    """Kernels in C for the CPU, and torch's own."""
     from ao_quant.int8_ops import KERNELS
+    from ao_quant.native import INT8_WEIGHT_LINEAR_NATIVE
 
-    return KERNELS
+    return [INT8_WEIGHT_LINEAR_NATIVE, *KERNELS]
 
 
 @hookimpl
