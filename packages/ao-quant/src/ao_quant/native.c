@@ -5,6 +5,7 @@
    182 to 57 us; reading alone takes 32 us. */
 
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #ifdef _OPENMP
 #include <omp.h>
@@ -73,10 +74,21 @@ ROW(2)
 ROW(3)
 ROW(4)
 
-/* out [m, n] = x @ (codes * scale).T + bias, in bfloat16 if as_bfloat16, else float32. */
-void few_rows(const float *restrict x, const int8_t *restrict codes, const float *restrict scale,
-              const float *restrict bias, void *restrict out, int as_bfloat16, int64_t m, int64_t n,
-              int64_t k, int64_t groups, int64_t group_size, int threads) {
+/* out [m, n] = x @ (codes * scale).T + bias; x and out are bfloat16 if `half`, else float32. Returns 0, or
+   -1 if memory is short. */
+int few_rows(const void *restrict x, const int8_t *restrict codes, const float *restrict scale,
+             const float *restrict bias, void *restrict out, int half, int64_t m, int64_t n, int64_t k,
+             int64_t groups, int64_t group_size, int threads) {
+    const float *wide = x;
+    float *copy = NULL;
+    if (half) {
+        wide = copy = malloc(m * k * sizeof *copy);
+        if (!copy) return -1;
+        for (int64_t i = 0; i < m * k; ++i) {
+            const uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
+            memcpy(copy + i, &bits, 4);
+        }
+    }
 #pragma omp parallel num_threads(threads)
     {
         const int64_t t = omp_get_thread_num(), count = omp_get_num_threads();
@@ -87,31 +99,36 @@ void few_rows(const float *restrict x, const int8_t *restrict codes, const float
             for (int64_t first = 0; first < m; first += 4) {
                 const int64_t left = m - first < 4 ? m - first : 4;
                 float sums[4] = {0};
-                if (left == 4) row_4(x + first * k, c, s, sums, k, groups, group_size);
-                else if (left == 3) row_3(x + first * k, c, s, sums, k, groups, group_size);
-                else if (left == 2) row_2(x + first * k, c, s, sums, k, groups, group_size);
-                else row_1(x + first * k, c, s, sums, k, groups, group_size);
+                if (left == 4) row_4(wide + first * k, c, s, sums, k, groups, group_size);
+                else if (left == 3) row_3(wide + first * k, c, s, sums, k, groups, group_size);
+                else if (left == 2) row_2(wide + first * k, c, s, sums, k, groups, group_size);
+                else row_1(wide + first * k, c, s, sums, k, groups, group_size);
                 for (int64_t i = 0; i < left; ++i) {
                     const float value = sums[i] + (bias ? bias[row] : 0.0f);
-                    if (as_bfloat16) ((uint16_t *)out)[(first + i) * n + row] = to_bfloat16(value);
+                    if (half) ((uint16_t *)out)[(first + i) * n + row] = to_bfloat16(value);
                     else ((float *)out)[(first + i) * n + row] = value;
                 }
             }
         }
     }
+    free(copy);
+    return 0;
 }
 
-/* out [m, n] = x [m, k] @ (codes [n, k] * scale [n]).T + bias on the matrix unit (AMX), bfloat16 in and out.
+/* out [m, n] = x @ (codes [n, k] * scale [n]).T + bias on the matrix unit (AMX), which multiplies bfloat16
+   and sums in float32.
 
-   Codes are exact in bfloat16, so they go in unscaled; the float32 sums are scaled once. A block of 32
-   weight rows is turned into the unit's layout (pairs along k) in the cache and multiplied with all rows
-   of x: the weights are read once, as int8. x has a multiple of 16 rows; n and k are multiples of 32. */
+   Codes are exact in bfloat16, so they go in unscaled; the sums are scaled once. x [parts, padded, k] is
+   bfloat16: one part, or the three that a float32 is the exact sum of; out is bfloat16 or float32
+   accordingly. A block of 32 weight rows is turned into the unit's layout (pairs along k) in the cache and
+   multiplied with all rows of x: the weights are read once, as int8. `padded` is m rounded up to a multiple
+   of 16; n and k are multiples of 32. */
 #define GROUP 4 /* blocks turned at a time: 32 rows of x stay in the first-level cache over all of them */
 
 int64_t scratch_size(int64_t k, int threads) { return (int64_t)threads * GROUP * 32 * k; }
 int has_matrix_unit(void);
 void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const float *restrict scale,
-               const float *restrict bias, uint16_t *restrict out, int64_t m, int64_t n, int64_t k,
+               const float *restrict bias, void *restrict out, int64_t parts, int64_t m, int64_t n, int64_t k,
                uint16_t *restrict scratch, int threads);
 
 #if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
@@ -156,16 +173,21 @@ static inline void weight_tile(const int8_t *restrict codes, int64_t k, uint16_t
 
 /* A tile of sums [16, 16] -> out, scaled, with the bias, for the rows that exist. */
 static inline void write_tile(const float *restrict sums, const float *restrict scale,
-                              const float *restrict bias, uint16_t *restrict out, int64_t n, int64_t rows) {
+                              const float *restrict bias, void *restrict out, int half, int64_t at,
+                              int64_t n, int64_t rows) {
     for (int64_t row = 0; row < rows && row < 16; ++row)
-        for (int i = 0; i < 16; ++i)
-            out[row * n + i] = to_bfloat16(sums[row * 16 + i] * scale[i] + (bias ? bias[i] : 0.0f));
+        for (int i = 0; i < 16; ++i) {
+            const float value = sums[row * 16 + i] * scale[i] + (bias ? bias[i] : 0.0f);
+            if (half) ((uint16_t *)out)[at + row * n + i] = to_bfloat16(value);
+            else ((float *)out)[at + row * n + i] = value;
+        }
 }
 
-/* Up to 32 rows of x times one block of 32 weight rows; `rows` of the result exist. */
-static inline void block(const uint16_t *restrict x, const uint16_t *restrict tiles,
-                         const float *restrict scale, const float *restrict bias, uint16_t *restrict out,
-                         int64_t rows, int64_t n, int64_t k) {
+/* Up to 32 rows of x times one block of 32 weight rows -> out from index `at` on; `rows` of it exist. */
+static inline void block(const uint16_t *restrict x, int64_t parts, int64_t stride,
+                         const uint16_t *restrict tiles, const float *restrict scale,
+                         const float *restrict bias, void *restrict out, int64_t at, int64_t rows, int64_t n,
+                         int64_t k) {
     float sums[4][256] __attribute__((aligned(64)));
     const int two = rows > 16;
     _tile_zero(0);
@@ -175,26 +197,29 @@ static inline void block(const uint16_t *restrict x, const uint16_t *restrict ti
     for (int64_t step = 0; step < k / 32; ++step) {
         _tile_loadd(6, tiles + step * 1024, 64);
         _tile_loadd(7, tiles + step * 1024 + 512, 64);
-        _tile_loadd(4, x + step * 32, k * 2);
-        _tile_dpbf16ps(0, 4, 6);
-        _tile_dpbf16ps(1, 4, 7);
-        if (!two) continue;
-        _tile_loadd(5, x + 16 * k + step * 32, k * 2);
-        _tile_dpbf16ps(2, 5, 6);
-        _tile_dpbf16ps(3, 5, 7);
+        for (int64_t part = 0; part < parts; ++part) {
+            const uint16_t *from = x + part * stride + step * 32;
+            _tile_loadd(4, from, k * 2);
+            _tile_dpbf16ps(0, 4, 6);
+            _tile_dpbf16ps(1, 4, 7);
+            if (!two) continue;
+            _tile_loadd(5, from + 16 * k, k * 2);
+            _tile_dpbf16ps(2, 5, 6);
+            _tile_dpbf16ps(3, 5, 7);
+        }
     }
     _tile_stored(0, sums[0], 64);
     _tile_stored(1, sums[1], 64);
     _tile_stored(2, sums[2], 64);
     _tile_stored(3, sums[3], 64);
-    for (int half = 0; half < 2; ++half)
-        for (int i = 0; i <= two; ++i)
-            write_tile(sums[2 * i + half], scale + 16 * half, bias ? bias + 16 * half : bias,
-                       out + 16 * i * n + 16 * half, n, rows - 16 * i);
+    for (int right = 0; right < 2; ++right)
+        for (int low = 0; low <= two; ++low)
+            write_tile(sums[2 * low + right], scale + 16 * right, bias ? bias + 16 * right : bias, out,
+                       parts == 1, at + 16 * low * n + 16 * right, n, rows - 16 * low);
 }
 
 void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const float *restrict scale,
-               const float *restrict bias, uint16_t *restrict out, int64_t m, int64_t n, int64_t k,
+               const float *restrict bias, void *restrict out, int64_t parts, int64_t m, int64_t n, int64_t k,
                uint16_t *restrict scratch, int threads) {
 #pragma omp parallel num_threads(threads)
     {
@@ -221,8 +246,8 @@ void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const f
             for (int64_t row = 0; row < m; row += 32)
                 for (int64_t i = 0; i < group; ++i) {
                     const int64_t start = (first + i) * 32;
-                    block(x + row * k, tiles + i * 32 * k, scale + start, bias ? bias + start : bias,
-                          out + row * n + start, m - row, n, k);
+                    block(x + row * k, parts, (m + 15) / 16 * 16 * k, tiles + i * 32 * k, scale + start,
+                          bias ? bias + start : bias, out, row * n + start, m - row, n, k);
                 }
         }
         _tile_release();
@@ -231,6 +256,6 @@ void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const f
 #else
 int has_matrix_unit(void) { return 0; }
 void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const float *restrict scale,
-               const float *restrict bias, uint16_t *restrict out, int64_t m, int64_t n, int64_t k,
+               const float *restrict bias, void *restrict out, int64_t parts, int64_t m, int64_t n, int64_t k,
                uint16_t *restrict scratch, int threads) {}
 #endif

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = (
-    "-O3", "-march=native", "-mprefer-vector-width=512", "-fopenmp", "-fPIC", "-shared", "-fassociative-math", "-fno-signed-zeros",
+    "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fassociative-math", "-fno-signed-zeros",
     "-fno-trapping-math", "-funroll-loops",
 )  # fmt: skip
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
@@ -37,14 +37,14 @@ _DEQUANTIZE = [_POINTER] * 3 + [_LONG] * 4 + [_INT]
 _SIGNATURES = {
     "dequantize_bfloat16": (_DEQUANTIZE, None),
     "dequantize_float32": (_DEQUANTIZE, None),
-    "few_rows": ([_POINTER] * 5 + [_INT] + [_LONG] * 5 + [_INT], None),
-    "many_rows": ([_POINTER] * 5 + [_LONG] * 3 + [_POINTER, _INT], None),
+    "few_rows": ([_POINTER] * 5 + [_INT] + [_LONG] * 5 + [_INT], _INT),
+    "many_rows": ([_POINTER] * 5 + [_LONG] * 4 + [_POINTER, _INT], None),
     "has_matrix_unit": ([], _INT),
     "scratch_size": ([_LONG, _INT], _LONG),
 }
 # Up to so many rows dot products win. 2 threads of a CPU with AMX, SmolLM2's shapes: in bfloat16 they take
-# 0.7 of the matrix unit's time at 4 rows and as much at 8; in float32 as much as the float linear at 16.
-_FEW = {torch.bfloat16: 4, torch.float32: 16}
+# 0.7 of the matrix unit's time at 4 rows and as much at 8; in float32 as much at 16.
+_FEW = {torch.bfloat16: 4, torch.float32: 8}
 _ROWS_AT_ONCE = 576  # weight rows dequantized at a time: they stay in the cache, and no large copy is made
 
 
@@ -62,17 +62,18 @@ def weight_linear_native(
             f"a linear with {k} input features was given an input {tuple(x.shape)}; "
             "its last dimension must match."
         )
-    rows = x.reshape(-1, k).contiguous()  # [M, K]
-    codes, scale = codes.contiguous(), scale.contiguous()
-    if rows.shape[0] == 0:
-        out = rows.new_empty(0, n)
-    elif rows.shape[0] <= _FEW[x.dtype]:
-        out = _few_rows(rows, codes, scale, bias, group_size)
-    elif x.dtype == torch.bfloat16 and scale.shape[1] == 1 and _matrix_unit_takes(n, k):
-        out = _many_rows(rows, codes, scale, bias)
-    else:
-        out = _dequantized(rows, codes, scale, bias, group_size)
-    return out.view(*x.shape[:-1], n)
+    x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
+    out = x.new_empty(*x.shape[:-1], n)
+    rows = x.numel() // k
+    if 0 < rows <= _FEW[x.dtype]:
+        _few_rows(x, codes, scale, bias, out, group_size)
+    elif rows:
+        flat, flat_out = x.view(rows, k), out.view(rows, n)
+        if scale.shape[1] == 1 and _matrix_unit_takes(n, k):
+            _many_rows(flat, codes, scale, bias, flat_out)
+        else:
+            _dequantized(flat, codes, scale, bias, flat_out, group_size)
+    return out
 
 
 def unavailable() -> str | None:
@@ -82,52 +83,68 @@ def unavailable() -> str | None:
 
 
 def _few_rows(
-    rows: torch.Tensor,
+    x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
+    out: torch.Tensor,
     group_size: int,
-) -> torch.Tensor:
+) -> None:
     (n, k), groups = codes.shape, scale.shape[1]
-    wide = rows.float()
-    wide_bias = None if bias is None else bias.float()
-    out = rows.new_empty(rows.shape[0], n)
-    _call("few_rows", wide, codes, scale, wide_bias, out, int(out.dtype == torch.bfloat16), rows.shape[0], n,
-          k, groups, k if group_size < 0 else group_size)  # fmt: skip
-    return out
+    wide = None if bias is None else bias.float()
+    failed = _loaded().few_rows(
+        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), None if wide is None else wide.data_ptr(),
+        out.data_ptr(), x.dtype == torch.bfloat16, x.numel() // k, n, k, groups,
+        k if group_size < 0 else group_size, torch.get_num_threads(),
+    )  # fmt: skip
+    if failed:
+        raise MemoryError(f"no memory for a float32 copy of {x.numel()} activations")
 
 
 def _many_rows(
-    rows: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
-) -> torch.Tensor:
-    (n, k), m = codes.shape, rows.shape[0]
-    padded = F.pad(rows, (0, 0, 0, -m % 16)) if m % 16 else rows
-    wide_bias = None if bias is None else bias.float()
-    out = rows.new_empty(m, n)
-    size = _loaded().scratch_size(k, torch.get_num_threads())
-    scratch = rows.new_empty(size + 32)
-    scratch = scratch[-scratch.data_ptr() % 64 // 2 :]  # at a multiple of 64 bytes
-    _call("many_rows", padded, codes, scale, wide_bias, out, m, n, k, scratch)
-    return out
-
-
-def _dequantized(
-    rows: torch.Tensor,
+    x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
     bias: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    (n, k), m = codes.shape, x.shape[0]
+    padded = F.pad(x, (0, 0, 0, -m % 16)) if m % 16 else x
+    parts = padded if x.dtype == torch.bfloat16 else _three_parts(padded)
+    wide = None if bias is None else bias.float()
+    size = _loaded().scratch_size(k, torch.get_num_threads())
+    scratch = torch.empty(size + 32, dtype=torch.bfloat16)
+    scratch = scratch[-scratch.data_ptr() % 64 // 2 :]  # at a multiple of 64 bytes
+    _call("many_rows", parts, codes, scale, wide, out, len(parts) if parts.ndim == 3 else 1, m, n, k, scratch)
+
+
+def _three_parts(x: torch.Tensor) -> torch.Tensor:
+    """Three bfloat16 ``[3, M, K]`` whose sum is the float32 ``x`` ``[M, K]``, to its last bit."""
+    high = x.bfloat16()
+    rest = x - high
+    middle = rest.bfloat16()
+    return torch.stack((high, middle, (rest - middle).bfloat16()))
+
+
+def _dequantized(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    out: torch.Tensor,
     group_size: int,
-) -> torch.Tensor:
+) -> None:
     (n, k), groups = codes.shape, scale.shape[1]
-    name = "dequantize_bfloat16" if rows.dtype == torch.bfloat16 else "dequantize_float32"
-    out, weight = rows.new_empty(rows.shape[0], n), rows.new_empty(min(_ROWS_AT_ONCE, n), k)
+    name = "dequantize_bfloat16" if x.dtype == torch.bfloat16 else "dequantize_float32"
+    weight = x.new_empty(min(_ROWS_AT_ONCE, n), k)
     size = k if group_size < 0 else group_size
     for start in range(0, n, _ROWS_AT_ONCE):
         stop = start + _ROWS_AT_ONCE
         part, part_scale = codes[start:stop], scale[start:stop]
         _call(name, part, part_scale, weight, len(part), k, groups, size)
-        torch.mm(rows, weight[: len(part)].t(), out=out[:, start:stop])
-    return out if bias is None else out.add_(bias)
+        torch.mm(x, weight[: len(part)].t(), out=out[:, start:stop])
+    if bias is not None:
+        out += bias
 
 
 def _call(name: str, *args: torch.Tensor | int | None) -> None:
