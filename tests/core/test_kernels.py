@@ -69,11 +69,21 @@ def ran(register):
     x, weight = torch.randn(3, 5), torch.randn(7, 5)
 
     def run(provider=None):
-        clear_choices()
         more = op(x, weight, 0.5, provider=provider) - reference(x, weight, 0.5)
         return ["reference", "low", "high", "refusing"][round(more.mean().item())]
 
     return run
+
+
+@pytest.fixture
+def force(monkeypatch):
+    """Set ``AO_KERNELS``, which is read when a key is first seen."""
+
+    def setenv(text):
+        monkeypatch.setenv("AO_KERNELS", text)
+        clear_choices()
+
+    return setenv
 
 
 def preferring(provider):
@@ -97,18 +107,18 @@ def test_the_plan_goes_before_the_hook(ran):
     assert ran(provider="reference") == "reference"
 
 
-def test_the_environment_goes_before_the_plan(ran, monkeypatch):
+def test_the_environment_goes_before_the_plan(ran, force):
     kernels.set_chooser(preferring("low"))
-    monkeypatch.setenv("AO_KERNELS", "another_op=high, order_of_choice=reference, low")
+    force("another_op=high, order_of_choice=reference, low")
     assert ran(provider="high") == "reference"
-    monkeypatch.setenv("AO_KERNELS", "low")
+    force("low")
     assert ran(provider="high") == "low"
-    monkeypatch.setenv("AO_KERNELS", "another_op=low")
+    force("another_op=low")
     assert ran() == "low", "the environment speaks of another op: the hook decides"
 
 
-def test_the_block_goes_before_the_environment(ran, monkeypatch):
-    monkeypatch.setenv("AO_KERNELS", "high")
+def test_the_block_goes_before_the_environment(ran, force):
+    force("high")
     with use_provider("low"):
         assert ran() == "low"
         with use_provider("reference", op="order_of_choice"):
@@ -124,7 +134,7 @@ def test_nothing_usable_is_the_reference(register):
     assert torch.equal(op(x, weight, 0.5), reference(x, weight, 0.5))
 
 
-def test_explicit_never_falls_back(ran, monkeypatch):
+def test_explicit_never_falls_back(ran, force):
     """A forced or pinned kernel that rejects, or does not exist, is an error with the reason."""
     reason = "'refusing'.*order_of_choice.*rejects it: it never runs.*high, low, reference"
     unknown = "no kernel of provider 'absent'; it has refusing, high, low, reference"
@@ -135,13 +145,13 @@ def test_explicit_never_falls_back(ran, monkeypatch):
     for provider, error in (("refusing", ao.RejectedError), ("absent", ao.UnknownNameError)):
         with use_provider(provider), pytest.raises(error):
             ran()
-        monkeypatch.setenv("AO_KERNELS", f"order_of_choice={provider}")
+        force(f"order_of_choice={provider}")
         with pytest.raises(error):
             ran(provider="low")
 
 
-def test_a_setting_that_cannot_be_read(ran, monkeypatch):
-    monkeypatch.setenv("AO_KERNELS", "order_of_choice=")
+def test_a_setting_that_cannot_be_read(ran, force):
+    force("order_of_choice=")
     with pytest.raises(ao.OptionError, match="PROVIDER or OP=PROVIDER"):
         ran()
 

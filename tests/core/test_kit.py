@@ -292,6 +292,19 @@ def test_a_wrong_kernel_fails_its_check(mistake):
         KERNEL_CHECKS[check](*kernel_of(f"kit_{mistake}", fn), CPU)
 
 
+@pytest.mark.parametrize("name", ["check_equals_reference", "check_non_contiguous"])
+def test_kernels_run_in_poisoned_memory(name):
+    """Else what happens to lie there could pass for a result."""
+    poisoned = []
+
+    def kernel(x, weight):
+        poisoned.append(torch.empty(x.shape[0], weight.shape[0]).isnan().all())
+        return reference(x, weight)
+
+    KERNEL_CHECKS[name](*kernel_of("kit_poisoned", kernel), CPU)
+    assert poisoned and all(poisoned)
+
+
 @pytest.mark.parametrize(
     ("name", "fake"),
     [
@@ -332,6 +345,10 @@ def test_scheme_checks_become_test_ids():
     for name in SCHEME_CHECKS:
         assert f"right:levels=63-{name}-cpu" in made
     made["right:levels=100-check_bias-cpu"].values[0]()
+    (made,) = cases(parametrize_scheme_checks("right", expected_failures={"check_bias": "why"}))[
+        "right-check_bias-cpu"
+    ].marks
+    assert made.kwargs == {"reason": "why", "strict": True}
 
 
 def test_kernel_checks_become_test_ids():

@@ -83,9 +83,8 @@ def test_a_claimed_name_is_not_usable_and_says_so(site):
     site.install_scheme("two", "claimed")
     load_quietly()
     assert "claimed" not in ao.schemes()
-    with pytest.raises(
-        ao.UnknownNameError, match=r"one \(one 1.0\) and two \(two 1.0\).*AO_DISABLE_PLUGINS=one"
-    ):
+    words = r"'claimed' is not usable: .*one \(one 1.0\) and two \(two 1.0\).*AO_DISABLE_PLUGINS=one"
+    with pytest.raises(ao.UnknownNameError, match=words):
         ao.parse_scheme("claimed")
 
 
@@ -120,6 +119,17 @@ def test_one_bad_answer_withdraws_all_of_a_plugin(site):
     load_quietly()
     assert "whole" not in ao.schemes()
     assert "not an ao_core.Kernel" in faults_by_plugin()["half"].error
+
+
+def test_a_plugin_that_fails_after_its_commands_were_read(site):
+    """The command line asks for commands first; nothing of the plugin is left in the end."""
+    code = HEAD + "def ao_register_commands():\n    return [ao.Command('greet', print)]\n\n"
+    site.install("late", code + "@ao.hookimpl\ndef ao_register_schemes():\n    return 1 / 0\n")
+    assert [command.name for command, _ in plugins.commands()] == ["greet"]
+    load_quietly()
+    assert plugins.commands() == []
+    (plugin,) = [each for each in plugins.installed() if each.source.plugin == "late"]
+    assert plugin.names("command") == []
 
 
 def test_strict_raises_every_time(site, monkeypatch):

@@ -184,7 +184,7 @@ def _same_name(plugins: list[Plugin]) -> list[Plugin]:
 
 def _source(point: metadata.EntryPoint) -> Source:
     dist = point.dist
-    facts: Any = dist.metadata if dist else {}
+    facts: Any = (dist.metadata if dist else None) or {}
     return Source(point.name, facts.get("Name") or "unknown", facts.get("Version") or "unknown")
 
 

@@ -58,7 +58,7 @@ def weight_linear_torch(
     group_size: int,
 ) -> torch.Tensor:
     """Torch's int8 matrix-vector kernel for few rows, its float matmul on dequantized weights above."""
-    _check(x, codes)
+    check_input(x, codes)
     rows = x.reshape(-1, codes.shape[1])  # [M, K]
     if scale.shape[1] == 1 and _few_rows(rows):
         out = torch._weight_int8pack_mm(rows.contiguous(), codes, scale.view(-1).to(x.dtype))
@@ -81,7 +81,7 @@ def dynamic_linear_torch(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """Torch's int8 matmul, scales applied in float32."""
-    _check(x, codes)
+    check_input(x, codes)
     rows = x.reshape(-1, codes.shape[1])  # [M, K]
     x_codes, x_scale = affine.quantize_per_token(rows)
     out = int_mm(x_codes, codes.t()) * x_scale  # float32 [M, N]
@@ -108,7 +108,8 @@ def _few_rows(rows: torch.Tensor) -> bool:
     )
 
 
-def _check(x: torch.Tensor, codes: torch.Tensor) -> None:
+def check_input(x: torch.Tensor, codes: torch.Tensor) -> None:
+    """Raise RuntimeError, as ``F.linear`` does, unless the last dimension of ``x`` is that of ``codes``."""
     if x.shape[-1] != codes.shape[1]:
         raise RuntimeError(
             f"a linear with {codes.shape[1]} input features was given an input {tuple(x.shape)}; "

@@ -74,21 +74,22 @@ ROW(2)
 ROW(3)
 ROW(4)
 
+static inline void widen(const void *restrict x, int half, int64_t from, int64_t count, float *restrict wide) {
+    if (half) {
+        const uint16_t *h = (const uint16_t *)x + from;
+        uint32_t *bits = (uint32_t *)wide;
+        for (int64_t i = 0; i < count; ++i) bits[i] = (uint32_t)h[i] << 16;
+    } else memcpy(wide, (const float *)x + from, count * sizeof *wide);
+}
+
 /* out [m, n] = x @ (codes * scale).T + bias; x and out are bfloat16 if `half`, else float32. Returns 0, or
    -1 if memory is short. */
 int few_rows(const void *restrict x, const int8_t *restrict codes, const float *restrict scale,
              const float *restrict bias, void *restrict out, int half, int64_t m, int64_t n, int64_t k,
              int64_t groups, int64_t group_size, int threads) {
-    const float *wide = x;
-    float *copy = NULL;
-    if (half) {
-        wide = copy = malloc(m * k * sizeof *copy);
-        if (!copy) return -1;
-        for (int64_t i = 0; i < m * k; ++i) {
-            const uint32_t bits = (uint32_t)((const uint16_t *)x)[i] << 16;
-            memcpy(copy + i, &bits, 4);
-        }
-    }
+    float *wide = malloc(m * k * sizeof *wide);
+    if (!wide) return -1;
+    widen(x, half, 0, m * k, wide);
 #pragma omp parallel num_threads(threads)
     {
         const int64_t t = omp_get_thread_num(), count = omp_get_num_threads();
@@ -111,8 +112,63 @@ int few_rows(const void *restrict x, const int8_t *restrict codes, const float *
             }
         }
     }
-    free(copy);
+    free(wide);
     return 0;
+}
+
+/* x [m, k] -> codes xq [m, k] and one scale a row: max(absmax, 1e-5) / 127, rounded half to even. A row with
+   NaN or infinity gets codes 0 and that scale. Returns 0, or -1 if memory is short. */
+int quantize_rows(const void *restrict x, int half, int8_t *restrict xq, float *restrict x_scale, int64_t m,
+                  int64_t k, int threads) {
+    if (m * k <= 16384) threads = 1;
+    float *rows = malloc(threads * k * sizeof *rows);
+    if (!rows) return -1;
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t t = omp_get_thread_num(), count = omp_get_num_threads();
+        float *wide = rows + t * k;
+        for (int64_t row = m * t / count; row < m * (t + 1) / count; ++row) {
+            widen(x, half, row * k, k, wide);
+            const uint32_t *bits = (const uint32_t *)wide; /* without the sign they compare as numbers do */
+            uint32_t largest = 0;
+            for (int64_t i = 0; i < k; ++i) {
+                const uint32_t each = bits[i] & 0x7fffffff;
+                largest = each > largest ? each : largest;
+            }
+            float absmax;
+            memcpy(&absmax, &largest, 4);
+            const float s = (absmax < 1e-5f ? 1e-5f : absmax) / 127.0f;
+            int8_t *codes = xq + row * k;
+            x_scale[row] = s;
+            if (largest < 0x7f800000)
+                for (int64_t i = 0; i < k; ++i) codes[i] = (int8_t)(int32_t)__builtin_rintf(wide[i] / s);
+            else memset(codes, 0, k);
+        }
+    }
+    free(rows);
+    return 0;
+}
+
+/* out [m, n] = (xq [m, k] @ codes [n, k].T) * x_scale * scale + bias, summed exactly in int32. */
+void few_rows_int8(const int8_t *restrict xq, const float *restrict x_scale, const int8_t *restrict codes,
+                   const float *restrict scale, const float *restrict bias, void *restrict out, int half,
+                   int64_t m, int64_t n, int64_t k, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t t = omp_get_thread_num(), count = omp_get_num_threads();
+        for (int64_t row = n * t / count; row < n * (t + 1) / count; ++row) {
+            const int8_t *c = codes + row * k;
+            prefetch(c, k);
+            for (int64_t i = 0; i < m; ++i) {
+                const int8_t *a = xq + i * k;
+                int32_t sum = 0;
+                for (int64_t j = 0; j < k; ++j) sum += (int32_t)a[j] * c[j];
+                const float value = (float)sum * x_scale[i] * scale[row] + (bias ? bias[row] : 0.0f);
+                if (half) ((uint16_t *)out)[i * n + row] = to_bfloat16(value);
+                else ((float *)out)[i * n + row] = value;
+            }
+        }
+    }
 }
 
 /* out [m, n] = x @ (codes [n, k] * scale [n]).T + bias on the matrix unit (AMX), which multiplies bfloat16
@@ -123,6 +179,12 @@ int few_rows(const void *restrict x, const int8_t *restrict codes, const float *
    accordingly. A block of 32 weight rows is turned into the unit's layout (pairs along k) in the cache and
    multiplied with all rows of x: the weights are read once, as int8. `padded` is m rounded up to a multiple
    of 16; n and k are multiples of 32. */
+/* The same for int8 activations: xq [padded, k] with one scale a row, exact int32 sums; k is a multiple of
+   64. */
+void many_rows_int8(const int8_t *restrict xq, const float *restrict x_scale, const int8_t *restrict codes,
+                    const float *restrict scale, const float *restrict bias, void *restrict out, int half,
+                    int64_t m, int64_t n, int64_t k, int8_t *restrict scratch, int threads);
+
 #define GROUP 4 /* blocks turned at a time: 32 rows of x stay in the first-level cache over all of them */
 
 int64_t scratch_size(int64_t k, int threads) { return (int64_t)threads * GROUP * 32 * k; }
@@ -131,7 +193,7 @@ void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const f
                const float *restrict bias, void *restrict out, int64_t parts, int64_t m, int64_t n, int64_t k,
                uint16_t *restrict scratch, int threads);
 
-#if defined(__AMX_BF16__) && defined(__AVX512BW__) && defined(__linux__)
+#if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
 #include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -142,6 +204,7 @@ int has_matrix_unit(void) {
 }
 
 typedef uint16_t pairs16 __attribute__((vector_size(32)));
+typedef uint32_t quads16 __attribute__((vector_size(64)));
 #define LOW(A, B) __builtin_shufflevector(A, B, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23)
 #define HIGH(A, B) \
     __builtin_shufflevector(A, B, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31)
@@ -149,6 +212,16 @@ typedef uint16_t pairs16 __attribute__((vector_size(32)));
 #define SHUFFLE(TO, FROM)                                                                            \
     STEP(TO, FROM, 0), STEP(TO, FROM, 1), STEP(TO, FROM, 2), STEP(TO, FROM, 3), STEP(TO, FROM, 4),   \
         STEP(TO, FROM, 5), STEP(TO, FROM, 6), STEP(TO, FROM, 7)
+
+static inline void configure(void) {
+    struct {
+        uint8_t palette, start, reserved[14];
+        uint16_t bytes[16];
+        uint8_t rows[16];
+    } config __attribute__((aligned(64))) = {.palette = 1};
+    for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
+    _tile_loadconfig(&config);
+}
 
 /* 16 weight rows by 32 columns -> a tile of 16 column pairs by 16 rows: four perfect shuffles transpose. */
 static inline void weight_tile(const int8_t *restrict codes, int64_t k, uint16_t *restrict tile) {
@@ -224,13 +297,7 @@ void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const f
 #pragma omp parallel num_threads(threads)
     {
         const int64_t t = omp_get_thread_num(), count = omp_get_num_threads(), blocks = n / 32;
-        struct {
-            uint8_t palette, start, reserved[14];
-            uint16_t bytes[16];
-            uint8_t rows[16];
-        } config __attribute__((aligned(64))) = {.palette = 1};
-        for (int i = 0; i < 8; ++i) config.bytes[i] = 64, config.rows[i] = 16;
-        _tile_loadconfig(&config);
+        configure();
         const int64_t last = blocks * (t + 1) / count;
         uint16_t *tiles = scratch + t * GROUP * 32 * k; /* [GROUP, k / 32, 2, 16, 32] */
         for (int64_t first = blocks * t / count; first < last; first += GROUP) {
@@ -253,8 +320,89 @@ void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const f
         _tile_release();
     }
 }
+/* 16 weight rows by 64 columns -> a tile of 16 column quads by 16 rows. */
+static inline void weight_tile_int8(const int8_t *restrict codes, int64_t k, int8_t *restrict tile) {
+    quads16 a[16], b[16];
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) memcpy(&a[i], codes + i * k, 64);
+    SHUFFLE(b, a);
+    SHUFFLE(a, b);
+    SHUFFLE(b, a);
+    SHUFFLE(a, b);
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) memcpy(tile + i * 64, &a[i], 64);
+}
+
+static inline void block_int8(const int8_t *restrict xq, const float *restrict x_scale,
+                              const int8_t *restrict tiles, const float *restrict scale,
+                              const float *restrict bias, void *restrict out, int half, int64_t at,
+                              int64_t rows, int64_t n, int64_t k) {
+    int32_t sums[4][256] __attribute__((aligned(64)));
+    const int two = rows > 16;
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < k / 64; ++step) {
+        _tile_loadd(6, tiles + step * 2048, 64);
+        _tile_loadd(7, tiles + step * 2048 + 1024, 64);
+        _tile_loadd(4, xq + step * 64, k);
+        _tile_dpbssd(0, 4, 6);
+        _tile_dpbssd(1, 4, 7);
+        if (!two) continue;
+        _tile_loadd(5, xq + 16 * k + step * 64, k);
+        _tile_dpbssd(2, 5, 6);
+        _tile_dpbssd(3, 5, 7);
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    for (int64_t row = 0; row < rows && row < 32; ++row)
+        for (int right = 0; right < 2; ++right) {
+            const int32_t *sum = sums[row / 16 * 2 + right] + row % 16 * 16;
+            for (int i = 0; i < 16; ++i) {
+                const float add = bias ? bias[16 * right + i] : 0.0f;
+                const float value = (float)sum[i] * x_scale[row] * scale[16 * right + i] + add;
+                const int64_t to = at + row * n + 16 * right + i;
+                if (half) ((uint16_t *)out)[to] = to_bfloat16(value);
+                else ((float *)out)[to] = value;
+            }
+        }
+}
+
+void many_rows_int8(const int8_t *restrict xq, const float *restrict x_scale, const int8_t *restrict codes,
+                    const float *restrict scale, const float *restrict bias, void *restrict out, int half,
+                    int64_t m, int64_t n, int64_t k, int8_t *restrict scratch, int threads) {
+#pragma omp parallel num_threads(threads)
+    {
+        const int64_t t = omp_get_thread_num(), count = omp_get_num_threads(), blocks = n / 32;
+        const int64_t last = blocks * (t + 1) / count;
+        int8_t *tiles = scratch + t * GROUP * 32 * k; /* [GROUP, k / 64, 2, 16, 64] */
+        configure();
+        for (int64_t first = blocks * t / count; first < last; first += GROUP) {
+            const int64_t group = last - first < GROUP ? last - first : GROUP;
+            for (int64_t row = first * 32; row < (first + group) * 32; row += 16)
+                for (int64_t column = 0; column < k; column += 64) {
+                    for (int i = 0; i < 16; ++i) __builtin_prefetch(codes + (row + 16 + i) * k + column, 0, 2);
+                    weight_tile_int8(codes + row * k + column, k,
+                                     tiles + (row / 32 - first) * 32 * k + column * 32 + row % 32 * 64);
+                }
+            for (int64_t row = 0; row < m; row += 32)
+                for (int64_t i = 0; i < group; ++i) {
+                    const int64_t start = (first + i) * 32;
+                    block_int8(xq + row * k, x_scale + row, tiles + i * 32 * k, scale + start,
+                               bias ? bias + start : bias, out, half, row * n + start, m - row, n, k);
+                }
+        }
+        _tile_release();
+    }
+}
 #else
 int has_matrix_unit(void) { return 0; }
+void many_rows_int8(const int8_t *restrict xq, const float *restrict x_scale, const int8_t *restrict codes,
+                    const float *restrict scale, const float *restrict bias, void *restrict out, int half,
+                    int64_t m, int64_t n, int64_t k, int8_t *restrict scratch, int threads) {}
 void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const float *restrict scale,
                const float *restrict bias, void *restrict out, int64_t parts, int64_t m, int64_t n, int64_t k,
                uint16_t *restrict scratch, int threads) {}

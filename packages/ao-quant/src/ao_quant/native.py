@@ -24,13 +24,14 @@ import torch.nn.functional as F
 from platformdirs import user_cache_path
 
 from ao_core import Kernel, Key
+from ao_quant.int8_ops import check_input, dynamic_linear_torch
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.c")
 _FLAGS = (
-    "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fassociative-math", "-fno-signed-zeros",
-    "-fno-trapping-math", "-funroll-loops",
+    "-O3", "-march=native", "-fopenmp", "-fPIC", "-shared", "-fno-strict-aliasing", "-funroll-loops",
+    "-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math",
 )  # fmt: skip
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _DEQUANTIZE = [_POINTER] * 3 + [_LONG] * 4 + [_INT]
@@ -39,12 +40,16 @@ _SIGNATURES = {
     "dequantize_float32": (_DEQUANTIZE, None),
     "few_rows": ([_POINTER] * 5 + [_INT] + [_LONG] * 5 + [_INT], _INT),
     "many_rows": ([_POINTER] * 5 + [_LONG] * 4 + [_POINTER, _INT], None),
+    "quantize_rows": ([_POINTER, _INT] + [_POINTER] * 2 + [_LONG] * 2 + [_INT], _INT),
+    "few_rows_int8": ([_POINTER] * 6 + [_INT] + [_LONG] * 3 + [_INT], None),
+    "many_rows_int8": ([_POINTER] * 6 + [_INT] + [_LONG] * 3 + [_POINTER, _INT], None),
     "has_matrix_unit": ([], _INT),
     "scratch_size": ([_LONG, _INT], _LONG),
 }
 # Up to so many rows dot products win. 2 threads of a CPU with AMX, SmolLM2's shapes: in bfloat16 they take
 # 0.7 of the matrix unit's time at 4 rows and as much at 8; in float32 as much at 16.
 _FEW = {torch.bfloat16: 4, torch.float32: 8}
+_FEW_INT8 = 1
 _ROWS_AT_ONCE = 576  # weight rows dequantized at a time: they stay in the cache, and no large copy is made
 
 
@@ -57,11 +62,7 @@ def weight_linear_native(
 ) -> torch.Tensor:
     """``int8_weight_linear``: dot products for few rows, the matrix unit or a float matmul above."""
     n, k = codes.shape
-    if x.shape[-1] != k:
-        raise RuntimeError(
-            f"a linear with {k} input features was given an input {tuple(x.shape)}; "
-            "its last dimension must match."
-        )
+    check_input(x, codes)
     x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
     out = x.new_empty(*x.shape[:-1], n)
     rows = x.numel() // k
@@ -73,6 +74,33 @@ def weight_linear_native(
             _many_rows(flat, codes, scale, bias, flat_out)
         else:
             _dequantized(flat, codes, scale, bias, flat_out, group_size)
+    return out
+
+
+def dynamic_linear_native(
+    x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``int8_dynamic_linear``: activations quantized in one pass, then the matrix unit or dot products."""
+    n, k = codes.shape
+    check_input(x, codes)
+    x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
+    out = x.new_empty(*x.shape[:-1], n)
+    if (rows := x.numel() // k) == 0:
+        return out
+    matrix_unit = rows > _FEW_INT8 and n % 32 == 0 and k % 64 == 0 and _matrix_unit()
+    if rows > _FEW_INT8 and not matrix_unit:
+        return dynamic_linear_torch(x, codes, scale, bias)
+    padded = rows + -rows % 16 if matrix_unit else rows
+    half = x.dtype == torch.bfloat16
+    xq = torch.empty(padded, k, dtype=torch.int8)
+    x_scale = torch.empty(rows)
+    _call("quantize_rows", x, half, xq, x_scale, rows, k)
+    wide = None if bias is None else bias.float()
+    if matrix_unit:
+        scratch = torch.empty(_loaded().scratch_size(k, torch.get_num_threads()), dtype=torch.int8)
+        _call("many_rows_int8", xq, x_scale, codes, scale, wide, out, half, rows, n, k, scratch)
+    else:
+        _call("few_rows_int8", xq, x_scale, codes, scale, wide, out, half, rows, n, k)
     return out
 
 
@@ -92,13 +120,9 @@ def _few_rows(
 ) -> None:
     (n, k), groups = codes.shape, scale.shape[1]
     wide = None if bias is None else bias.float()
-    failed = _loaded().few_rows(
-        x.data_ptr(), codes.data_ptr(), scale.data_ptr(), None if wide is None else wide.data_ptr(),
-        out.data_ptr(), x.dtype == torch.bfloat16, x.numel() // k, n, k, groups,
-        k if group_size < 0 else group_size, torch.get_num_threads(),
-    )  # fmt: skip
-    if failed:
-        raise MemoryError(f"no memory for a float32 copy of {x.numel()} activations")
+    half, rows = x.dtype == torch.bfloat16, x.numel() // k
+    size = k if group_size < 0 else group_size
+    _call("few_rows", x, codes, scale, wide, out, half, rows, n, k, groups, size)
 
 
 def _many_rows(
@@ -149,7 +173,8 @@ def _dequantized(
 
 def _call(name: str, *args: torch.Tensor | int | None) -> None:
     values = [arg.data_ptr() if isinstance(arg, torch.Tensor) else arg for arg in args]
-    getattr(_loaded(), name)(*values, torch.get_num_threads())
+    if getattr(_loaded(), name)(*values, torch.get_num_threads()):
+        raise MemoryError(f"native kernel {name} found no memory for a copy of a few rows")
 
 
 def _matrix_unit_takes(n: int, k: int) -> bool:
@@ -222,6 +247,7 @@ def _rejects(key: Key) -> str | None:
     return unavailable()
 
 
-INT8_WEIGHT_LINEAR_NATIVE = Kernel(
-    "int8_weight_linear", "native", weight_linear_native, priority=10, rejects=_rejects
-)
+KERNELS = [
+    Kernel("int8_weight_linear", "native", weight_linear_native, priority=10, rejects=_rejects),
+    Kernel("int8_dynamic_linear", "native", dynamic_linear_native, priority=10, rejects=_rejects),
+]

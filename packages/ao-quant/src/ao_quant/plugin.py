@@ -29,10 +29,9 @@ def ao_register_ops() -> list[Any]:
 @hookimpl
 def ao_register_kernels() -> list[Any]:
     """Kernels in C for the CPU, and torch's own."""
-    from ao_quant.int8_ops import KERNELS
-    from ao_quant.native import INT8_WEIGHT_LINEAR_NATIVE
+    from ao_quant import int8_ops, native
 
-    return [INT8_WEIGHT_LINEAR_NATIVE, *KERNELS]
+    return [*native.KERNELS, *int8_ops.KERNELS]
 
 
 @hookimpl

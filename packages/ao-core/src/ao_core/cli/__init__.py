@@ -65,14 +65,20 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(1)
 
 
-def _root(
-    version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
-) -> None:
-    if version:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         from ao_core import __version__
 
         typer.echo(f"ao {__version__}")
         raise typer.Exit
+
+
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", is_eager=True, callback=_show_version)
+    ] = False,
+) -> None:
+    pass
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:

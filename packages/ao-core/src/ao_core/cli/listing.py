@@ -25,7 +25,7 @@ def list_plugins(json: Json = False) -> None:
         for problem in row["problems"]:
             output.results.print()
             text = f"{row['plugin']}, {problem['stage']}: {problem['error']}. {problem['hint']}."
-            output.results.print(text, markup=False)
+            output.results.print(text, markup=False, soft_wrap=True)
 
 
 def list_schemes(json: Json = False) -> None:

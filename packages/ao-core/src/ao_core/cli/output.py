@@ -36,17 +36,17 @@ def as_json(data: Any) -> None:
 
 def say(text: str) -> None:
     """A line about what is being done."""
-    errors.print(escape(text))
+    errors.print(escape(text), soft_wrap=True)
 
 
 def warn(text: str) -> None:
     """A warning."""
-    errors.print(f"[yellow]warning:[/] {escape(text)}")
+    errors.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 def fail(text: str) -> None:
     """An error."""
-    errors.print(f"[red]error:[/] {escape(text)}")
+    errors.print(f"[red]error:[/] {escape(text)}", soft_wrap=True)
 
 
 def show_log(verbose: bool) -> None:
