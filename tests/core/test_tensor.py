@@ -330,6 +330,9 @@ def test_cuts_of_a_stack():
     for dims in ((0, 1), (0, 2)):
         with pytest.raises(NotImplementedError, match="transposition"):
             weight.transpose(*dims)
+    assert torch.equal(weight.permute(0, 2, -2).dequantize(), values.mT)
+    with pytest.raises(NotImplementedError, match="permutation"):
+        weight.permute(2, 1, 0)
 
 
 @pytest.mark.parametrize("sizes", [5, 1, N, 100, [3, 4, 10], [N], [0, N]])
@@ -502,5 +505,6 @@ def test_two_weights_hash_alike_only_if_their_metadata_is_the_same():
         step_tensor(N, K, dtype=torch.bfloat16),
         step_tensor(N, K, extra=torch.ones(1)),
         step_tensor(N, K).t(),
+        step_tensor(N, K).map(lambda codes: codes.int()),
     ]
     assert base not in {other._stable_hash_for_caching() for other in others}

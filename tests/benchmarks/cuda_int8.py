@@ -1,0 +1,90 @@
+"""The int8 linears on a CUDA device against the bfloat16 linear, by row count; run by hand.
+
+    python tests/benchmarks/cuda_int8.py docs/results/h200.json
+
+A timing is the median replay of a CUDA graph that walks a ring of weight copies larger than the L2 cache,
+divided by the ring's length. Every result is checked against float64 first.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+import ao_core as ao
+
+SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # (N, K)
+ROWS = (1, 16, 17, 128, 1024, 4096)
+RING_BYTES = 400_000_000
+
+
+def graph_us(calls: list[Callable[[], object]], replays: int = 20) -> float:
+    """Microseconds of one call: median replay of a graph of all of them, over their number."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    for _ in range(replays + 3):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1e3)
+    return statistics.median(times[3:]) / len(calls)
+
+
+def measure(n: int, k: int) -> list[dict[str, float]]:
+    """One row for each row count."""
+    copies = max(2, RING_BYTES // (2 * n * k))
+    floats = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) / k**0.5 for _ in range(copies)]
+    schemes = {name: ao.parse_scheme(name) for name in ("int8-weight-only", "int8-dynamic")}
+    rings = {name: [scheme.quantize(w) for w in floats] for name, scheme in schemes.items()}
+    rows = []
+    for m in ROWS:
+        x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
+        row: dict[str, float] = {"m": m, "n": n, "k": k}
+        row["bfloat16"] = graph_us([lambda w=w, x=x: F.linear(x, w) for w in floats])
+        for name, ring in rings.items():
+            expected = x.double() @ ring[0].dequantize().double().t()
+            found = ao.sqnr(expected, F.linear(x, ring[0]))
+            if found < 35:
+                raise SystemExit(f"{name} is wrong at m={m}: {found:.1f} dB")
+            row[name] = graph_us([lambda w=w, x=x: F.linear(x, w) for w in ring])
+        rows.append(row)
+    return rows
+
+
+def main(out: str) -> None:
+    """Measure, print a Markdown table, write ``out``."""
+    rows = [row for shape in SHAPES for row in measure(*shape)]
+    print("| M | weight N×K | bfloat16, µs | int8-weight-only, µs | int8-dynamic, µs |")
+    print("|---|---|---|---|---|")
+    for r in rows:
+        print(
+            f"| {r['m']} | {r['n']}×{r['k']} | {r['bfloat16']:.1f} | {r['int8-weight-only']:.1f} "
+            f"| {r['int8-dynamic']:.1f} |"
+        )
+    data = {
+        "command": "python tests/benchmarks/cuda_int8.py FILE",
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "rows": rows,
+    }
+    Path(out).write_text(json.dumps(data, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
