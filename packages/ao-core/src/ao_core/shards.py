@@ -52,6 +52,7 @@ class Writer:
         self.scratch = path / SCRATCH
         self.files: dict[str, dict[str, Any]] = {}
         self._new: list[Path] = []
+        self._mode = 0o666 & ~_umask()  # safetensors writes files that only their owner may read
 
     def shard(self, tensors: Mapping[str, torch.Tensor], number: int, total: int) -> str:
         """Write one shard; returns its name, and keeps its size and SHA-256 in ``files``."""
@@ -60,6 +61,7 @@ class Writer:
             save_file(dict(tensors), temporary, metadata={"format": "pt"})
         except SafetensorError as error:
             raise OSError(None, str(error)) from error
+        temporary.chmod(self._mode)
         _sync(temporary)
         digest = sha256(temporary)
         final = self.path / f"model-{digest[:8]}-{number:05d}-of-{total:05d}.safetensors"
@@ -210,6 +212,12 @@ def _check_space(path: Path, needed: int) -> None:
             f"can't save to {path}: {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free. "
             "Free some space or give another directory."
         )
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _sync(path: Path) -> None:

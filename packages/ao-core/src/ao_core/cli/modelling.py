@@ -152,8 +152,16 @@ def _show_report(report: Any, scheme: str, out: Path) -> None:
         ["saved to", out],
     ]
     output.table(f"{scheme}", ("", ""), rows)
-    if report.skipped:
-        output.table("\nleft alone", ("layer", "why"), sorted(report.skipped.items()))
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in report.skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    if by_reason:
+        rows = [[len(names), _some(names), reason] for reason, names in by_reason.items()]
+        output.table("\nleft alone (--json names every layer)", ("", "layers", "why"), rows)
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _show_evaluation(result: dict[str, Any]) -> None:
