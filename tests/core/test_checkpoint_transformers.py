@@ -114,6 +114,21 @@ def test_saving_again_replaces_the_companions(tmp_path):
     assert torch.equal(logits(ao.load(tmp_path / "saved"), ids), logits(model, ids))
 
 
+@pytest.mark.parametrize("damage", ["flip", "remove"])
+def test_a_damaged_companion_is_named(tmp_path, caplog, damage):
+    """As a warning: the model does not depend on it, and somebody may have edited it."""
+    ao.save(make_model(), tmp_path / "saved", tokenizer=make_tokenizer())
+    ao.load(tmp_path / "saved")
+    assert caplog.text == ""
+    file = tmp_path / "saved" / "tokenizer.json"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content) if damage == "flip" else file.unlink()
+    ao.load(tmp_path / "saved")
+    (record,) = caplog.records
+    assert f"{file} is not as it was saved" in record.getMessage()
+
+
 def test_a_class_that_transformers_lacks(tmp_path):
     """A subclass of one's own needs its factory."""
 

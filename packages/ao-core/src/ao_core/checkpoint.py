@@ -1,9 +1,9 @@
 """Saving and loading: safetensors shards and ``ao.json``. No pickle, and no float copy on the way back.
 
-``ao.json`` (format 1) holds: ``files`` (bytes and SHA-256 of each shard), ``tensors`` (for each
-parameter and buffer its shard and, where it is quantized, its scheme, class, options, and the
-distribution that provides it), ``tied`` (alias → name), ``plan``, ``model`` (what rebuilds a
-transformers model), and the ``sha256`` of all that.
+``ao.json`` (format 1) holds: ``files`` (bytes and SHA-256 of each shard), ``companions`` (SHA-256 of
+each file that travels along), ``tensors`` (for each parameter and buffer its shard and, where it is
+quantized, its scheme, class, options, and the distribution that provides it), ``tied`` (alias → name),
+``plan``, ``model`` (what rebuilds a transformers model), and the ``sha256`` of all that.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import nn
 from ao_core import rebuild, shards
 from ao_core.errors import CheckpointError, UnknownNameError
 from ao_core.plan import Plan, plan_of
-from ao_core.scheme import SCHEMES, Scheme, parse_scheme
+from ao_core.scheme import SCHEMES, Scheme, frozen, parse_scheme
 from ao_core.tensor import QuantizedTensor
 
 FORMAT = 1
@@ -62,7 +62,8 @@ def save(
             for member in members:
                 records[member]["file"] = file
         rebuild.companions(model, tokenizer, out.scratch / shards.COMPANIONS)
-        out.commit(_index(model, out.files, records, tied, plan or plan_of(model)))
+        index = {"files": out.files, "companions": out.companions(), "tensors": records, "tied": tied}
+        out.commit(_index(model, index, plan or plan_of(model)))
 
 
 def load(
@@ -98,6 +99,7 @@ def load(
         )
     if verify:
         shards.check_seal(path, index)
+        shards.check_companions(path, index["companions"])
     schemes = _schemes(path, index["tensors"])
     shards.verify(path, index["files"], checksums=verify)
     built = rebuild.build(index["model"], model)
@@ -174,15 +176,13 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def _index(model: nn.Module, files: Any, records: Any, tied: dict[str, str], plan: Plan) -> str:
+def _index(model: nn.Module, parts: Mapping[str, Any], plan: Plan) -> str:
     from ao_core import __version__
 
     data: dict[str, Any] = {
         "format": FORMAT,
         "ao_core": __version__,
-        "files": files,
-        "tensors": records,
-        "tied": tied,
+        **parts,
         "plan": json.loads(plan.to_json()),
         "model": rebuild.describe(model),
     }
@@ -259,13 +259,8 @@ def _read(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | Non
         dtype=getattr(torch, record["dtype"]),
         scheme=str(scheme),
         provider=record["provider"],
-        **{name: _frozen(value) for name, value in record["attributes"].items()},
+        **{name: frozen(value) for name, value in record["attributes"].items()},
     )
-
-
-def _frozen(value: Any) -> Any:
-    """Lists as the tuples that they were: attributes are hashable, and JSON has no tuple."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
 
 
 def _place(model: nn.Module, name: str, tensor: torch.Tensor) -> None:

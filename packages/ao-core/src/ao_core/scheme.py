@@ -118,7 +118,7 @@ class Scheme:
                 f"{data['name']!r} version {data['version']} was asked for, and the installed scheme is "
                 f"{cls.name!r} version {cls.version}. Install the version that wrote it."
             )
-        return cls._make({name: _frozen(value) for name, value in data["options"].items()})
+        return cls._make({name: frozen(value) for name, value in data["options"].items()})
 
     def __str__(self) -> str:
         changed = [
@@ -199,14 +199,14 @@ def _value(text: str) -> Any:
     if text.lower() in ("true", "false", "none"):
         text = text.capitalize()
     try:
-        return _frozen(ast.literal_eval(text))
+        return frozen(ast.literal_eval(text))
     except (ValueError, SyntaxError):
         return text
 
 
-def _frozen(value: Any) -> Any:
-    """Lists as the tuples that they were: options are hashable, and JSON has no tuple."""
-    return tuple(map(_frozen, value)) if isinstance(value, list) else value
+def frozen(value: Any) -> Any:
+    """Lists as the tuples that they were: options and attributes are hashable, and JSON has no tuple."""
+    return tuple(map(frozen, value)) if isinstance(value, list) else value
 
 
 SCHEMES: Registry[type[Scheme]] = Registry("scheme")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -21,6 +22,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from ao_core.errors import CheckpointError
+
+logger = logging.getLogger(__name__)
 
 INDEX = "ao.json"
 SCRATCH = ".ao-saving"
@@ -70,6 +73,12 @@ class Writer:
         self.files[final.name] = {"bytes": temporary.stat().st_size, "sha256": digest}
         temporary.replace(final)
         return final.name
+
+    def companions(self) -> dict[str, str]:
+        """SHA-256 of each file that travels along, by its path in the checkpoint."""
+        folder = self.scratch / COMPANIONS
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        return {path.relative_to(folder).as_posix(): sha256(path) for path in files}
 
     def commit(self, index: str) -> None:
         """Replace ``ao.json`` in one step, then delete the shards of an earlier save."""
@@ -175,6 +184,14 @@ def check_seal(path: Path, index: Mapping[str, Any]) -> None:
         raise CheckpointError(
             f"{path / INDEX} is corrupt: it does not have the SHA-256 that it names. Copy it again."
         )
+
+
+def check_companions(path: Path, companions: Mapping[str, str]) -> None:
+    """Warn of each file that is not as it was saved; the model itself does not depend on them."""
+    for name, digest in companions.items():
+        file = path / name
+        if not file.is_file() or sha256(file) != digest:
+            logger.warning("%s is not as it was saved with the model: it is damaged, edited or missing", file)
 
 
 def verify(path: Path, files: Mapping[str, Mapping[str, Any]], *, checksums: bool) -> None:
