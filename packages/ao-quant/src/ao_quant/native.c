@@ -7,6 +7,9 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
 #ifdef _OPENMP
 #include <omp.h>
 #else
@@ -21,6 +24,11 @@ static inline uint16_t to_bfloat16(float value) {
     memcpy(&bits, &value, 4);
     if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)((bits >> 16) | 0x40); /* NaN stays NaN */
     return (uint16_t)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);                /* half to even */
+}
+
+static inline void store(void *out, int half, int64_t at, float value) {
+    if (half) ((uint16_t *)out)[at] = to_bfloat16(value);
+    else ((float *)out)[at] = value;
 }
 
 static inline void prefetch(const int8_t *row, int64_t columns) {
@@ -56,16 +64,41 @@ static inline float same(float value) { return value; }
 DEQUANTIZE(dequantize_bfloat16, uint16_t, finite_to_bfloat16)
 DEQUANTIZE(dequantize_float32, float, same)
 
+/* sums[m] += x[m] . c over `count` columns, for the first `rows` rows of x, k apart. Each weight is converted
+   once, and four partial sums a row do not wait for one another. */
+static inline __attribute__((always_inline)) void dots(const float *restrict x, int64_t k,
+                                                       const int8_t *restrict c, int64_t count,
+                                                       float *restrict sums, const int rows) {
+    int64_t i = 0;
+#ifdef __AVX512F__
+    __m512 parts[4][4];
+    for (int m = 0; m < rows; ++m)
+        for (int q = 0; q < 4; ++q) parts[m][q] = _mm512_setzero_ps();
+    for (; i + 64 <= count; i += 64)
+#pragma GCC unroll 4
+        for (int q = 0; q < 4; ++q) {
+            const __m128i bytes = _mm_loadu_si128((const __m128i *)(c + i + 16 * q));
+            const __m512 weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes));
+#pragma GCC unroll 4
+            for (int m = 0; m < rows; ++m)
+                parts[m][q] = _mm512_fmadd_ps(_mm512_loadu_ps(x + m * k + i + 16 * q), weights, parts[m][q]);
+        }
+    for (int m = 0; m < rows; ++m)
+        sums[m] += _mm512_reduce_add_ps((parts[m][0] + parts[m][1]) + (parts[m][2] + parts[m][3]));
+#endif
+    for (; i < count; ++i)
+        for (int m = 0; m < rows; ++m) sums[m] += x[m * k + i] * (float)c[i];
+}
+
 /* M rows of x [M, k] times one weight row: M sums, each group of columns scaled once. */
 #define ROW(M)                                                                                       \
     static inline void row_##M(const float *restrict x, const int8_t *restrict c,                    \
                                const float *restrict scale, float *restrict sums, int64_t k,         \
                                int64_t groups, int64_t group_size) {                                 \
         for (int64_t g = 0; g < groups; ++g) {                                                       \
-            const int64_t end = (g + 1) * group_size < k ? (g + 1) * group_size : k;                 \
+            const int64_t start = g * group_size;                                                    \
             float sum[M] = {0};                                                                      \
-            for (int64_t i = g * group_size; i < end; ++i)                                           \
-                for (int m = 0; m < M; ++m) sum[m] += x[m * k + i] * (float)c[i];                    \
+            dots(x + start, k, c + start, k - start < group_size ? k - start : group_size, sum, M);  \
             for (int m = 0; m < M; ++m) sums[m] += sum[m] * scale[g];                                \
         }                                                                                            \
     }
@@ -104,11 +137,8 @@ int few_rows(const void *restrict x, const int8_t *restrict codes, const float *
                 else if (left == 3) row_3(wide + first * k, c, s, sums, k, groups, group_size);
                 else if (left == 2) row_2(wide + first * k, c, s, sums, k, groups, group_size);
                 else row_1(wide + first * k, c, s, sums, k, groups, group_size);
-                for (int64_t i = 0; i < left; ++i) {
-                    const float value = sums[i] + (bias ? bias[row] : 0.0f);
-                    if (half) ((uint16_t *)out)[(first + i) * n + row] = to_bfloat16(value);
-                    else ((float *)out)[(first + i) * n + row] = value;
-                }
+                for (int64_t i = 0; i < left; ++i)
+                    store(out, half, (first + i) * n + row, sums[i] + (bias ? bias[row] : 0.0f));
             }
         }
     }
@@ -164,8 +194,7 @@ void few_rows_int8(const int8_t *restrict xq, const float *restrict x_scale, con
                 int32_t sum = 0;
                 for (int64_t j = 0; j < k; ++j) sum += (int32_t)a[j] * c[j];
                 const float value = (float)sum * x_scale[i] * scale[row] + (bias ? bias[row] : 0.0f);
-                if (half) ((uint16_t *)out)[i * n + row] = to_bfloat16(value);
-                else ((float *)out)[i * n + row] = value;
+                store(out, half, i * n + row, value);
             }
         }
     }
@@ -194,7 +223,6 @@ void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const f
                uint16_t *restrict scratch, int threads);
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
-#include <immintrin.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -251,8 +279,7 @@ static inline void write_tile(const float *restrict sums, const float *restrict 
     for (int64_t row = 0; row < rows && row < 16; ++row)
         for (int i = 0; i < 16; ++i) {
             const float value = sums[row * 16 + i] * scale[i] + (bias ? bias[i] : 0.0f);
-            if (half) ((uint16_t *)out)[at + row * n + i] = to_bfloat16(value);
-            else ((float *)out)[at + row * n + i] = value;
+            store(out, half, at + row * n + i, value);
         }
 }
 
@@ -364,9 +391,7 @@ static inline void block_int8(const int8_t *restrict xq, const float *restrict x
             for (int i = 0; i < 16; ++i) {
                 const float add = bias ? bias[16 * right + i] : 0.0f;
                 const float value = (float)sum[i] * x_scale[row] * scale[16 * right + i] + add;
-                const int64_t to = at + row * n + 16 * right + i;
-                if (half) ((uint16_t *)out)[to] = to_bfloat16(value);
-                else ((float *)out)[to] = value;
+                store(out, half, at + row * n + 16 * right + i, value);
             }
         }
 }
