@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import math
+import shutil
 
 import pytest
 import torch
@@ -473,6 +474,10 @@ def test_compiled_gradients():
     assert torch.equal(module.bias.grad, torch.full((N,), 5.0))
 
 
+@pytest.mark.skipif(
+    shutil.which("g++") is None or " " in torch.__file__,
+    reason="torch's default backend needs g++, and does not quote a path with a space",
+)
 @pytest.mark.usefixtures("fresh_dynamo")
 def test_compile_with_the_default_backend():
     """Two modules of one class and other numbers do not get each other's code."""
