@@ -60,6 +60,7 @@ def register():
 @pytest.fixture
 def ran(register):
     """Which kernel an op runs: ``ran(provider=None)`` gives its word. Made of op ``order_of_choice``."""
+    register(make_op("another_op"))
     op = register(
         make_op("order_of_choice"),
         low=(adding(1), 1, None),
@@ -126,6 +127,12 @@ def test_the_block_goes_before_the_environment(ran, force):
         with use_provider("reference", op="another_op"):
             assert ran() == "low", "an inner block about another op must not end the outer one"
     assert ran() == "high"
+
+
+def test_a_misspelt_op_is_no_silent_no(ran, force):
+    force("order_of_choise=low")
+    with pytest.raises(ao.UnknownNameError, match="order_of_choice"):
+        ran()
 
 
 def test_nothing_usable_is_the_reference(register):

@@ -125,7 +125,7 @@ def use_provider(provider: str, *, op: str | None = None) -> Iterator[None]:
 
     Raises (when an op runs):
         RejectedError: the provider's kernel rejects, with its reason.
-        UnknownNameError: the op has no kernel of that provider.
+        UnknownNameError: the op has no kernel of that provider, or there is no op called ``op``.
     """
     mine = f"{op}={provider}" if op else provider
     token = _forced.set(f"{mine},{_forced.get()}")
@@ -254,6 +254,7 @@ def _forced_for(op_name: str) -> str | None:
                 raise OptionError(f"AO_KERNELS takes PROVIDER or OP=PROVIDER, and holds {part!r}.")
             if name in ("", op_name):
                 return provider
+            OPS.get(name)  # a misspelt op would force nothing, in silence
     return None
 
 
