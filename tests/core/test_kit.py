@@ -22,6 +22,7 @@ from ao_core.testing import (
     parametrize_scheme_checks,
     poisoned_memory,
 )
+from ao_core.testing.parametrize import devices
 
 SOURCE = registry.Source("tests", "tests", "1")
 CPU = torch.device("cpu")
@@ -354,7 +355,7 @@ def test_scheme_checks_become_test_ids():
 def test_kernel_checks_become_test_ids():
     kernel_of("kit_ids", right_kernel)
     made = cases(parametrize_kernel_checks("kit_ids"))
-    assert set(made) == {f"kit_ids-mine-{name}-cpu" for name in KERNEL_CHECKS}
+    assert set(made) == {f"kit_ids-mine-{name}-{device}" for name in KERNEL_CHECKS for device in devices()}
     for case in made.values():
         case.values[0]()
 
@@ -416,7 +417,15 @@ def test_a_strangers_conformance_test(site, run_python, tmp_path):
     (tmp_path / "test_stranger.py").write_text(CONFORMANCE)
     done = run_python(
         "import sys, pytest; sys.exit(pytest.main(sys.argv[1:]))",
-        *("test_stranger.py", "-q", "-rfEp", "-p", "no:cacheprovider", "-k", "kernel or check_bias or 4-D"),
+        *(
+            "test_stranger.py",
+            "-q",
+            "-rfEp",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "cpu and (kernel or check_bias or 4-D)",
+        ),
     )
     assert done.returncode == 1, done.stdout
     assert done.stdout.count("PASSED") == len(KERNEL_CHECKS)
