@@ -93,7 +93,7 @@ class Writer:
         self._new.clear()
         for shard in self.path.glob("model-????????-?????-of-?????.safetensors"):
             if shard.name not in self.files:
-                shard.unlink()
+                _remove(shard)
 
     def discard(self) -> None:
         """Remove the scratch folder, and what is new if there was no commit."""
@@ -229,6 +229,14 @@ def _check_space(path: Path, needed: int) -> None:
             f"can't save to {path}: {needed / 1e6:.0f} MB are needed and {free / 1e6:.0f} MB are free. "
             "Free some space or give another directory."
         )
+
+
+def _remove(stale: Path) -> None:
+    """Delete a shard that nothing refers to any more; the new checkpoint stands even if that fails."""
+    try:
+        stale.unlink()
+    except OSError as error:
+        logger.warning("%s is left over from an earlier save and can't be removed: %s", stale, error)
 
 
 def _umask() -> int:
