@@ -9,8 +9,10 @@ import sys
 import pytest
 import torch
 
+from ao_core import RejectedError, use_provider
 from ao_core.testing import poisoned_memory
 from ao_quant import native
+from ao_quant.int8_ops import INT8_WEIGHT_LINEAR, dynamic_linear_reference
 
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
@@ -60,6 +62,38 @@ def test_float32_keeps_its_last_bit_on_the_matrix_unit():
     x = torch.randn(64, 96) * torch.logspace(-6, 6, 96)
     parts = native._three_parts(x)
     assert torch.equal(parts.double().sum(0), x.double())
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_dynamic_equals_its_reference(dtype):
+    """One row, and row counts beside the matrix unit's tiles."""
+    for rows, n, k in itertools.product((1, 2, 16, 17, 33), (32, 96, 17), (64, 576, 100)):
+        x = torch.randn(rows, k).to(dtype)
+        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
+        scale, bias = torch.rand(n, 1) + 0.1, (torch.randn(n) * 50).to(dtype)
+        with poisoned_memory():
+            out = native.dynamic_linear_native(x, codes, scale, bias)
+        expected = dynamic_linear_reference(x, codes, scale, bias).double()
+        error = (out.double() - expected).norm() / expected.norm()
+        assert error < (1e-6 if dtype == torch.float32 else 3e-3), (rows, n, k, float(error))
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("scale", "bias", "group_size", "says"),
+    [
+        (torch.ones(3, 1), None, -1, "do not fit"),
+        (torch.ones(4, 1, dtype=torch.float64), None, -1, "float32 scales"),
+        (torch.ones(4, 2), None, 16, "need 4 scales a row"),
+        (torch.ones(4, 1), torch.ones(3), -1, "bias"),
+    ],
+)
+def test_weights_that_do_not_fit_are_rejected(scale, bias, group_size, says):
+    """The C code gets bare pointers: what does not fit must not reach it."""
+    codes = torch.ones(4, 64, dtype=torch.int8)
+    with use_provider("native"), pytest.raises(RejectedError, match=says):
+        INT8_WEIGHT_LINEAR(torch.ones(2, 64), codes, scale, bias, group_size)
 
 
 @needs_library

@@ -208,19 +208,23 @@ void few_rows_int8(const int8_t *restrict xq, const float *restrict x_scale, con
    accordingly. A block of 32 weight rows is turned into the unit's layout (pairs along k) in the cache and
    multiplied with all rows of x: the weights are read once, as int8. `padded` is m rounded up to a multiple
    of 16; n and k are multiples of 32. */
+void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const float *restrict scale,
+               const float *restrict bias, void *restrict out, int64_t parts, int64_t m, int64_t n, int64_t k,
+               uint16_t *restrict scratch, int threads);
+
 /* The same for int8 activations: xq [padded, k] with one scale a row, exact int32 sums; k is a multiple of
    64. */
 void many_rows_int8(const int8_t *restrict xq, const float *restrict x_scale, const int8_t *restrict codes,
                     const float *restrict scale, const float *restrict bias, void *restrict out, int half,
                     int64_t m, int64_t n, int64_t k, int8_t *restrict scratch, int threads);
 
+/* Whether many_rows and many_rows_int8 may be called; asks the system for the unit. Call it first. */
+int has_matrix_unit(void);
+
 #define GROUP 4 /* blocks turned at a time: 32 rows of x stay in the first-level cache over all of them */
 
+/* Elements of `scratch`, of its type. */
 int64_t scratch_size(int64_t k, int threads) { return (int64_t)threads * GROUP * 32 * k; }
-int has_matrix_unit(void);
-void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const float *restrict scale,
-               const float *restrict bias, void *restrict out, int64_t parts, int64_t m, int64_t n, int64_t k,
-               uint16_t *restrict scratch, int threads);
 
 #if defined(__AMX_BF16__) && defined(__AMX_INT8__) && defined(__AVX512BW__) && defined(__linux__)
 #include <sys/syscall.h>
@@ -347,6 +351,7 @@ void many_rows(const uint16_t *restrict x, const int8_t *restrict codes, const f
         _tile_release();
     }
 }
+
 /* 16 weight rows by 64 columns -> a tile of 16 column quads by 16 rows. */
 static inline void weight_tile_int8(const int8_t *restrict codes, int64_t k, int8_t *restrict tile) {
     quads16 a[16], b[16];

@@ -149,7 +149,10 @@ def _many_rows(
 
 
 def _three_parts(x: torch.Tensor) -> torch.Tensor:
-    """Three bfloat16 ``[3, M, K]`` whose sum is the float32 ``x`` ``[M, K]``, to its last bit."""
+    """Three bfloat16 ``[3, M, K]`` whose sum is the float32 ``x`` ``[M, K]``, to its last bit.
+
+    An infinite value gives NaN, so its row of the result is NaN where a float matmul has infinity.
+    """
     high = x.bfloat16()
     rest = x - high
     middle = rest.bfloat16()
@@ -254,7 +257,24 @@ def _rejects(key: Key) -> str | None:
         return f"it runs on cpu, not on {key.device.type}"
     if key.dtype not in (torch.bfloat16, torch.float32):
         return f"it takes bfloat16 and float32 activations, not {key.dtype}"
-    return unavailable()
+    return _misfit(key) or unavailable()
+
+
+def _misfit(key: Key) -> str | None:
+    """Why the weights are not what the C code reads, which gets bare pointers."""
+    codes, scale, bias = (*key.weights, None)[:3]
+    if codes is None or scale is None or codes[1] != torch.int8 or scale[1] != torch.float32:
+        return "it takes int8 codes and float32 scales"
+    (codes_shape, _), (scale_shape, _) = codes, scale
+    if len(codes_shape) != 2 or len(scale_shape) != 2 or scale_shape[0] != codes_shape[0]:
+        return f"codes [N, K] and scales [N, G] do not fit: {list(codes_shape)} and {list(scale_shape)}"
+    k, size = codes_shape[1], key.options[0] if key.options else -1
+    groups = 1 if size < 0 or k == 0 else -(-k // max(size, 1))
+    if k == 0 or scale_shape[1] != groups:
+        return f"{k} columns in groups of {size} need {groups} scales a row, and there are {scale_shape[1]}"
+    if bias is not None and bias[0] != codes_shape[:1]:
+        return f"a bias {list(bias[0])} does not fit {codes_shape[0]} rows"
+    return None
 
 
 KERNELS = [
