@@ -454,7 +454,8 @@ def test_loading_peaks_at_the_checkpoint_and_a_shard(run_python, tmp_path):
     loaded, built = map(int, done.stdout.split())
     files = sum(file.stat().st_size for file in (tmp_path / "large").glob("*.safetensors"))
     assert built > 8 * 1536 * 1536 * 4 - 1_000_000, "the instrument sees a float model"
-    assert files < loaded < files + 2 * 5_000_000, f"{loaded} bytes for files of {files}"
+    # Memory that the process had freed before is used again, and does not show: hence the tenth.
+    assert 0.9 * files < loaded < files + 2 * 5_000_000, f"{loaded} bytes for files of {files}"
 
 
 # What is in the way of a save.

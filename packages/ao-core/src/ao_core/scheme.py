@@ -6,7 +6,7 @@ import ast
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
@@ -38,6 +38,9 @@ class Scheme:
         min_sqnr: dB that a dequantized Gaussian weight reaches at least (checked by the kit).
         min_linear_sqnr: dB of the linear's result against that of the dequantized weight, where the
             activations are quantized too; infinite where they are not.
+        rowwise: whether each row (each index of the first dimension) is quantized by itself, and every
+            stored tensor has that dimension. A large weight is then quantized in slices, which bounds
+            the memory that it takes.
         summary: one line for ``ao schemes``.
     """
 
@@ -46,7 +49,13 @@ class Scheme:
     tensor_types: ClassVar[tuple[type[QuantizedTensor], ...]] = ()
     min_sqnr: ClassVar[float] = 0.0
     min_linear_sqnr: ClassVar[float] = math.inf
+    rowwise: ClassVar[bool] = False
     summary: ClassVar[str] = ""
+
+    @property
+    def weight_only(self) -> bool:
+        """Whether activations stay as they are; only such schemes fit embeddings and convolutions."""
+        return math.isinf(self.min_linear_sqnr)
 
     def rejects(self, weight: torch.Tensor) -> str | None:
         """Why ``weight`` can't be quantized by this scheme, or None. Looks at metadata only.
@@ -87,18 +96,24 @@ class Scheme:
         """
         self.check(weight)
         with torch.no_grad():
-            weight = weight.detach()
-            qparams = self.choose_qparams(weight)
-            packed = self.pack(self.encode(weight, qparams), qparams, dtype=weight.dtype)
-        packed.scheme, packed.provider = str(self), provider
-        return packed
+            packed = self._quantized(weight.detach())
+            packed.scheme, packed.provider = str(self), provider
+            return packed.repacked()
+
+    def _quantized(self, weight: torch.Tensor) -> QuantizedTensor:
+        rows = max(_SLICE // (weight.numel() // weight.shape[0]), 1)
+        if self.rowwise and weight.shape[0] > rows:
+            return _in_slices(self._quantized, weight, rows)
+        qparams = self.choose_qparams(weight)
+        return self.pack(self.encode(weight, qparams), qparams, dtype=weight.dtype)
 
     def check(self, weight: torch.Tensor) -> None:
         """Raise :class:`~ao_core.errors.RejectedError` unless ``weight`` can be quantized."""
         reason = Scheme.rejects(self, weight) or self.rejects(weight)
-        if reason is None:
+        # The bounds first: a mask of the whole weight would take half as much memory again.
+        if reason is None and not all(torch.isfinite(bound) for bound in weight.detach().aminmax()):
             bad = int((~torch.isfinite(weight)).sum())
-            reason = f"{bad} of its {weight.numel()} values are NaN or infinite" if bad else None
+            reason = f"{bad} of its {weight.numel()} values are NaN or infinite"
         if reason is not None:
             raise RejectedError(f"{self} can't quantize this weight: {reason}.")
 
@@ -137,6 +152,25 @@ class Scheme:
                 f"it has {', '.join(known) or 'none'}."
             )
         return cls(**options)
+
+
+_SLICE = 1 << 23  # elements of a slice: 32 MB in float32, which most temporary copies are
+
+
+def _in_slices(
+    quantize: Callable[[torch.Tensor], QuantizedTensor], weight: torch.Tensor, rows: int
+) -> QuantizedTensor:
+    """Quantize ``rows`` of ``weight`` at a time into one tensor."""
+    first = quantize(weight[:rows])
+    whole = {
+        name: data.new_empty(weight.shape[0], *data.shape[1:]) for name, data in first.stored().items()
+    }
+    for start in range(0, weight.shape[0], rows):
+        part = first if start == 0 else quantize(weight[start : start + rows])
+        for name, data in part.stored().items():
+            whole[name][start : start + rows] = data
+    data = [whole.get(name) for name in first.data_names]
+    return type(first)(*data, shape=weight.shape, dtype=first.dtype, **first.attributes())
 
 
 def parse_scheme(text: str | Scheme, **options: Any) -> Scheme:
