@@ -21,17 +21,26 @@ def ao_register_schemes() -> list[Any]:
 @hookimpl
 def ao_register_ops() -> list[Any]:
     """The linears of the schemes."""
-    from ao_quant.int8_ops import INT8_DYNAMIC_LINEAR, INT8_WEIGHT_LINEAR
+    from ao_quant import float8_ops, int4_ops, int8_ops, nf4_ops
 
-    return [INT8_WEIGHT_LINEAR, INT8_DYNAMIC_LINEAR]
+    return [
+        int8_ops.INT8_WEIGHT_LINEAR,
+        int8_ops.INT8_DYNAMIC_LINEAR,
+        int4_ops.INT4_WEIGHT_LINEAR,
+        int4_ops.INT8_DYNAMIC_INT4_LINEAR,
+        nf4_ops.NF4_LINEAR,
+        float8_ops.FLOAT8_WEIGHT_LINEAR,
+        float8_ops.FLOAT8_DYNAMIC_LINEAR,
+    ]
 
 
 @hookimpl
 def ao_register_kernels() -> list[Any]:
     """Kernels in C for the CPU, and torch's own."""
-    from ao_quant import int8_ops, native
+    from ao_quant import float8_ops, int4_ops, int8_ops, native, nf4_ops
 
-    return [*native.KERNELS, *int8_ops.KERNELS]
+    modules = (native, int8_ops, int4_ops, nf4_ops, float8_ops)
+    return [kernel for module in modules for kernel in module.KERNELS]
 
 
 @hookimpl
