@@ -181,9 +181,9 @@ def test_a_pattern_that_is_no_expression():
 
 def test_a_rule_that_matches_only_what_cannot_be_converted():
     """Is an error with the reason, unless it leaves them alone anyway."""
-    model = nn.ModuleDict({"conv": nn.Conv2d(3, 5, 2), "lin": nn.Linear(8, 8)})
+    model = nn.ModuleDict({"conv": nn.Bilinear(3, 5, 2), "lin": nn.Linear(8, 8)})
     with pytest.raises(
-        ao.PlanError, match=r"only what can't be converted: conv: .*Conv2d, which is no nn.Linear"
+        ao.PlanError, match=r"only what can't be converted: conv: .*Bilinear, which is no nn.Linear"
     ):
         ao.resolve(model, [ao.Rule("conv", "whole"), ao.Rule("*", "whole")])
     plan = ao.resolve(model, [ao.Rule("conv", None), ao.Rule("*", "whole")])
@@ -288,7 +288,7 @@ def test_a_head_tied_to_the_embedding_is_left_alone():
     report = ao.quantize_(model, "whole")
     assert report.converted == {"body": "whole"}
     assert "tied to embed; name it in a rule" in report.skipped["head"]
-    assert "Embedding" in report.skipped["embed"]
+    assert report.skipped["embed"] == "it shares the weight of head"
     assert model.head.weight is model.embed.weight
     assert type(model.head.weight) is nn.Parameter
 
@@ -362,7 +362,8 @@ def test_quantized_layers_are_reported_and_not_doubled():
     ("model", "why"),
     [
         (nn.Sequential(nn.ReLU()), "it has no weight of two dimensions"),
-        (nn.Sequential(nn.Conv1d(3, 5, 2)), "0: it belongs to Conv1d"),
+        (nn.Sequential(nn.Conv1d(3, 5, 2)), "0: convolution weights are converted only where a rule names"),
+        (nn.Sequential(nn.Bilinear(3, 5, 2)), "0: it belongs to Bilinear"),
         (nn.Sequential(nn.Linear(3, 3)), "0: it has fewer than 4 columns"),
         (nn.Sequential(nn.Linear(8, 8).double()), "0: its dtype is torch.float64"),
         (nn.Sequential(nn.Linear(8, 8, device="meta")), "0: it lies on the meta device"),

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from ao_core.plan import Choice, Plan, Rule, resolve
     from ao_core.registry import Fault
     from ao_core.scheme import QParams, Scheme, parse_scheme, schemes
-    from ao_core.tensor import QuantizedTensor
+    from ao_core.tensor import InputScaledTensor, QuantizedTensor
 
 __version__ = "0.1.0"
 
@@ -55,7 +55,7 @@ _HOME = {
     "plan": ["Choice", "Plan", "Rule", "resolve"],
     "registry": ["Fault"],
     "scheme": ["QParams", "Scheme", "parse_scheme", "schemes"],
-    "tensor": ["QuantizedTensor"],
+    "tensor": ["InputScaledTensor", "QuantizedTensor"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -68,6 +68,7 @@ __all__ = [
     "Choice",
     "Command",
     "Fault",
+    "InputScaledTensor",
     "Kernel",
     "Key",
     "ModelError",

@@ -2,8 +2,9 @@
 
 ``ao.json`` (format 1) holds: ``files`` (bytes and SHA-256 of each shard), ``companions`` (SHA-256 of
 each file that travels along), ``tensors`` (for each parameter and buffer its shard and, where it is
-quantized, its scheme, class, options, and the distribution that provides it), ``tied`` (alias → name),
-``plan``, ``model`` (what rebuilds a transformers model), and the ``sha256`` of all that.
+quantized, its scheme, class, options, the parts that are quantized tensors themselves, and the
+distribution that provides it), ``tied`` (alias → name), ``plan``, ``model`` (what rebuilds a transformers
+model), and the ``sha256`` of all that. Quantized weights are stored in the layout that every device reads.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from ao_core import rebuild, shards
 from ao_core.errors import CheckpointError, UnknownNameError
 from ao_core.plan import Plan, plan_of
 from ao_core.scheme import SCHEMES, Scheme, frozen, parse_scheme
-from ao_core.tensor import QuantizedTensor
+from ao_core.tensor import WRAPPERS, QuantizedTensor
 
 FORMAT = 1
 _GB = 1_000_000_000
@@ -50,7 +51,7 @@ def save(
             unchanged.
     """
     target = Path(directory)
-    state, tied = _state(model)
+    state, tied = _state(model)  # quantized weights in the layout that every device reads
     records = {name: _record(name, tensor) for name, tensor in state.items()}
     groups = _groups(state)
     names = shards.layout(groups, shard_bytes)
@@ -129,17 +130,25 @@ def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             tied[name] = first[id(tensor)]
         else:
             first[id(tensor)] = name
-            state[name] = tensor.detach()
+            detached = tensor.detach()
+            state[name] = detached.portable() if isinstance(detached, QuantizedTensor) else detached
     return state, tied
 
 
 def _groups(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     return {
-        name: {f"{name}:{part}": data for part, data in tensor.stored().items()}
-        if isinstance(tensor, QuantizedTensor)
-        else {name: tensor}
+        name: _parts(name, tensor) if isinstance(tensor, QuantizedTensor) else {name: tensor}
         for name, tensor in state.items()
     }
+
+
+def _parts(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+    """The plain tensors of a quantized one by their names in a shard; a wrapper's base included."""
+    parts: dict[str, torch.Tensor] = {}
+    for part, data in tensor.stored().items():
+        key = f"{name}:{part}"
+        parts |= _parts(key, data) if isinstance(data, QuantizedTensor) else {key: data}
+    return parts
 
 
 def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -158,7 +167,7 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
     if not tensor.scheme:
         raise CheckpointError(f"{name!r} is a {type(tensor).__name__} without a scheme, and can't be saved.")
     scheme = parse_scheme(tensor.scheme)
-    if type(tensor) not in scheme.tensor_types:
+    if type(tensor) not in (*scheme.tensor_types, *WRAPPERS.values()):
         raise CheckpointError(
             f"{name!r} is a {type(tensor).__name__}, which {scheme.name!r} does not list in tensor_types."
         )
@@ -171,6 +180,11 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "provider": tensor.provider,
         "data": list(tensor.stored()),
+        "parts": {
+            part: _record(f"{name}:{part}", data)
+            for part, data in tensor.stored().items()
+            if isinstance(data, QuantizedTensor)
+        },
         "distribution": source.distribution,
         "distribution_version": source.version,
     }
@@ -231,7 +245,8 @@ def _fill(
         with safe_open(path / file, framework="pt", device=str(device)) as shard:
             for name, record in index["tensors"].items():
                 if record["file"] == file:
-                    _place(model, name, _read(shard, name, record, schemes.get(name)))
+                    tensor = _read(shard, name, record, schemes.get(name))
+                    _place(model, name, tensor.repacked() if isinstance(tensor, QuantizedTensor) else tensor)
     for alias, name in index["tied"].items():
         _tie(model, alias, name)
     for module in model.modules():
@@ -243,16 +258,20 @@ def _fill(
 def _read(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | None) -> torch.Tensor:
     if scheme is None:
         return cast("torch.Tensor", shard.get_tensor(name))
-    kinds = {kind.__name__: kind for kind in scheme.tensor_types}
+    kinds = {kind.__name__: kind for kind in scheme.tensor_types} | WRAPPERS
     kind = kinds.get(record["tensor"])
     if kind is None:
         raise CheckpointError(
             f"{name!r} is a {record['tensor']}, and the installed {scheme.name!r} has {list(kinds)}. "
             f"Install {record['distribution']}=={record['distribution_version']}."
         )
-    data = [
-        shard.get_tensor(f"{name}:{part}") if part in record["data"] else None for part in kind.data_names
-    ]
+    inner = {
+        part: _read(shard, f"{name}:{part}", record["parts"][part], scheme)
+        if part in record["parts"]
+        else shard.get_tensor(f"{name}:{part}")
+        for part in record["data"]
+    }
+    data = [inner.get(part) for part in kind.data_names]
     return kind(
         *data,
         shape=tuple(record["shape"]),

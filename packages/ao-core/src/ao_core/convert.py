@@ -74,10 +74,11 @@ def quantize_(
     progress: bool = False,
     **options: Any,
 ) -> Report:
-    """Quantize the linear layers of ``model`` in place, without data.
+    """Quantize the layers of ``model`` in place, without data.
 
     Args:
-        model: any module; ``nn.Linear`` weights in it are replaced by quantized tensors.
+        model: any module; weights of its linears and of its expert stacks are replaced by quantized
+            tensors, those of embeddings and convolutions where ``include`` or a rule names them.
         scheme: a scheme's name or text (``"int8-weight-only"``), a :class:`Scheme`, or a list of
             :class:`Rule` for different schemes on different layers.
         include: patterns of layers to convert; all by default. See :class:`Rule`.
@@ -137,7 +138,7 @@ def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: 
     before = model_bytes(model).total
     weights: list[tuple[Layer, QuantizedTensor]] = []
     for layer, scheme, provider in track(jobs, "quantizing", enabled=progress):
-        weights.append((layer, scheme.quantize(layer.weight, provider=provider)))
+        weights.append((layer, layer.quantize(scheme, provider=provider)))
     old = sum(stored_bytes(layer.weight) for layer, _ in weights)
     for layer, quantized in weights:
         _replace(layer, quantized)
@@ -161,7 +162,9 @@ def _check_layers(work: Iterable[str], layers: dict[str, Layer]) -> None:
 
 def _check_weight(layer: Layer, scheme: Scheme) -> None:
     try:
-        scheme.check(layer.weight)
+        if reason := layer.rejects(scheme):
+            raise RejectedError(f"{scheme} can't quantize this weight: {reason}.")
+        scheme.check(layer.matrix)
     except RejectedError as error:
         raise RejectedError(f"layer {layer.name!r}: {error} The model was not changed.") from error
 

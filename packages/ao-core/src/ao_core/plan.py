@@ -156,8 +156,8 @@ def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
 def resolve(model: nn.Module, rules: Sequence[Rule]) -> Plan:
     """Apply ``rules`` to the layers of ``model``; the first that matches a layer wins.
 
-    A linear that shares its weight with another kind of module, such as the embedding, is left alone
-    unless a rule other than ``*`` names it.
+    Embeddings, convolutions, and linears that share their weight with another kind of module are left
+    alone unless a rule other than ``*`` names them.
 
     Raises:
         PlanError: a rule matches no layer; no layer can be converted.
@@ -168,7 +168,7 @@ def resolve(model: nn.Module, rules: Sequence[Rule]) -> Plan:
     _check_matches(rules, found)
     choices = {name: Choice(None, reason=reason) for name, reason in found.left.items()}
     for name, layer in found.replaceable.items():
-        rule = next((r for r in rules if any(map(r.matches, [name, *layer.aliases]))), None)
+        rule = next((r for r in rules if any(map(r.matches, _names(layer)))), None)
         choices[name] = _choice(layer, rule, schemes)
         if choices[name].scheme is not None:
             tied = Choice(None, reason=f"it shares the weight of {name}, which is converted")
@@ -199,15 +199,21 @@ def _choice(layer: Layer, rule: Rule | None, schemes: Mapping[Rule, Scheme | Non
     if layer.shared and rule.pattern == "*":
         shared = ", ".join(layer.shared)
         return Choice(None, reason=f"its weight is tied to {shared}; name it in a rule to convert both")
-    if reason := scheme.rejects(layer.weight):
+    if layer.kind in ("embedding", "convolution") and rule.pattern == "*":
+        return Choice(None, reason=f"{layer.kind} weights are converted only where a rule names them")
+    if reason := layer.rejects(scheme):
         return Choice(None, reason=reason)
     return Choice(str(scheme), rule.provider)
+
+
+def _names(layer: Layer) -> tuple[str, ...]:
+    return (layer.name, *layer.aliases, *layer.shared)
 
 
 def _check_matches(rules: Sequence[Rule], found: Layers) -> None:
     if not rules:
         raise PlanError("no rules were given. Give at least one, such as Rule('*', 'int8-weight-only').")
-    usable = [n for layer in found.replaceable.values() for n in (layer.name, *layer.aliases)]
+    usable = [name for layer in found.replaceable.values() for name in _names(layer)]
     for rule in rules:
         if any(map(rule.matches, usable)):
             continue

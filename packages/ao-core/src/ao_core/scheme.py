@@ -162,15 +162,13 @@ def _in_slices(
 ) -> QuantizedTensor:
     """Quantize ``rows`` of ``weight`` at a time into one tensor."""
     first = quantize(weight[:rows])
-    whole = {
-        name: data.new_empty(weight.shape[0], *data.shape[1:]) for name, data in first.stored().items()
-    }
+    whole = {name: data.new_empty(weight.shape[0], *data.shape[1:]) for name, data in first.stored().items()}
     for start in range(0, weight.shape[0], rows):
         part = first if start == 0 else quantize(weight[start : start + rows])
         for name, data in part.stored().items():
             whole[name][start : start + rows] = data
-    data = [whole.get(name) for name in first.data_names]
-    return type(first)(*data, shape=weight.shape, dtype=first.dtype, **first.attributes())
+    stored = [whole.get(name) for name in first.data_names]
+    return type(first)(*stored, shape=weight.shape, dtype=first.dtype, **first.attributes())
 
 
 def parse_scheme(text: str | Scheme, **options: Any) -> Scheme:

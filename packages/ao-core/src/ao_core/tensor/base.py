@@ -104,7 +104,8 @@ class QuantizedTensor(torch.Tensor):
 
     def batched_linear(self, x: torch.Tensor) -> torch.Tensor:
         """``x[e] @ weight[e].T`` for ``x`` ``[E, M, K]`` and a weight ``[E, N, K]``: ``[E, M, N]``."""
-        rows = [self[index].linear(each, None) for index, each in enumerate(x.unbind(0))]
+        weights: list[QuantizedTensor] = list(self.unbind(0))  # type: ignore[arg-type]
+        rows = [weight.linear(each, None) for weight, each in zip(weights, x.unbind(0), strict=True)]
         return torch.stack(rows) if rows else x.new_empty(0, x.shape[1], self.shape[1])
 
     def portable(self) -> QuantizedTensor:

@@ -156,12 +156,12 @@ def _grouped_mm(
     stack = isinstance(right, TransposedWeight) and right.ndim == 3
     if not (known and stack and type(left) is torch.Tensor and left.ndim == 2) or rest or any(more.values()):
         return torch._grouped_mm(_plain(left), _plain(right), offs, *rest, **more)
-    base: QuantizedTensor = right.base  # type: ignore[attr-defined]
-    out = left.new_zeros(left.shape[0], base.shape[1])
+    experts = _unbind(right.base)  # type: ignore[attr-defined]
+    out = left.new_zeros(left.shape[0], right.shape[2])
     start = 0
-    for expert, end in enumerate(offs.tolist()):  # type: ignore[union-attr]
+    for expert, end in zip(experts, offs.tolist(), strict=True):  # type: ignore[union-attr]
         if end > start:
-            out[start:end] = base[expert].linear(left[start:end], None)
+            out[start:end] = expert.linear(left[start:end], None)
         start = end
     return out
 

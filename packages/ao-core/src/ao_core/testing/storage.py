@@ -89,6 +89,16 @@ def check_to(scheme: Scheme, device: torch.device) -> None:
     assert_same(module.weight, copy.deepcopy(module).to("cpu").to(device).weight)
 
 
+def check_portable(scheme: Scheme, device: torch.device) -> None:
+    """The layout for files holds the same values, and packing it again gives the same tensor."""
+    for dtype in (torch.float32, torch.bfloat16):
+        quantized = scheme.quantize(gaussian(32, 128, device=device, dtype=dtype))
+        portable = quantized.portable()
+        assert torch.equal(portable.dequantize(), quantized.dequantize()), "portable() changes the values"
+        assert_same(portable, portable.portable())
+        assert_same(quantized, portable.repacked())
+
+
 def check_state_dict(scheme: Scheme, device: torch.device) -> None:
     """``torch.save``, ``torch.load(weights_only=True)``, ``load_state_dict(assign=True)``."""
     module = _linear(_quantized(scheme, device))

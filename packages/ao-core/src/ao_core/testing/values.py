@@ -197,6 +197,54 @@ def check_rows(scheme: Scheme, device: torch.device) -> None:
         assert type(quantized).__name__ in str(error), "the refusal must name the class"
 
 
+def check_expert_stack(scheme: Scheme, device: torch.device) -> None:
+    """A stack ``[E, N, K]`` is indexed, selected and multiplied as its experts are, or says it can't."""
+    quantized = scheme.quantize(gaussian(3, 17, 100, device=device))
+    values = quantized.dequantize()
+    assert values.shape == (3, 17, 100), f"a stack (3, 17, 100) dequantizes to {tuple(values.shape)}"
+    x = gaussian(3, 5, 100, device=device)
+    try:
+        for index, expert in enumerate(quantized.unbind(0)):
+            assert torch.equal(quantized[index].dequantize(), values[index]), f"expert {index} differs"
+            assert_linear(scheme, expert, x[index])  # type: ignore[arg-type]
+        chosen = torch.tensor([2, 0, 2], device=device)
+        assert torch.equal(quantized[chosen].dequantize(), values[chosen]), "chosen experts differ"
+        together = torch.bmm(x, quantized.transpose(-2, -1))
+        apart = torch.stack([F.linear(x[index], quantized[index]) for index in range(3)])
+        torch.testing.assert_close(together, apart)
+    except NotImplementedError as error:
+        assert type(quantized).__name__ in str(error), "the refusal must name the class"
+
+
+def check_grouped_matmul(scheme: Scheme, device: torch.device) -> None:
+    """``torch._grouped_mm`` gives each expert of a stack its rows; one expert here has none."""
+    if not hasattr(torch, "_grouped_mm"):
+        return
+    quantized = scheme.quantize(gaussian(3, 16, 64, device=device, dtype=torch.bfloat16))
+    x = gaussian(24, 64, device=device, dtype=torch.bfloat16)
+    offsets = torch.tensor([8, 8, 24], dtype=torch.int32, device=device)
+    try:
+        found = torch._grouped_mm(x, quantized.transpose(-2, -1), offs=offsets)
+        for index, rows in ((0, slice(0, 8)), (2, slice(8, 24))):
+            expected = F.linear(x[rows].double(), quantized[index].dequantize().double())
+            needed = min(_LINEAR_SQNR[torch.bfloat16], scheme.min_linear_sqnr)
+            assert sqnr(expected, found[rows]) >= needed, f"expert {index} differs"
+    except NotImplementedError as error:
+        assert type(quantized).__name__ in str(error), "the refusal must name the class"
+
+
+def check_slices(scheme: Scheme, device: torch.device) -> None:
+    """A scheme that says it is ``rowwise`` gives slices of a weight what it gives the whole."""
+    if not scheme.rowwise:
+        return
+    for weight in (gaussian(40, 100, device=device), gaussian(4, 7, 100, device=device)):
+        quantized, part = scheme.quantize(weight), scheme.quantize(weight[1:3])
+        assert torch.equal(quantized[1:3].dequantize(), part.dequantize()), "a slice is quantized otherwise"
+        assert all(data.shape[0] == weight.shape[0] for data in quantized.portable().stored().values()), (
+            "rowwise, and a stored tensor does not have the first dimension"
+        )
+
+
 def check_transposed_matmul(scheme: Scheme, device: torch.device) -> None:
     """``x @ weight.t()`` is ``F.linear(x, weight)``."""
     quantized = scheme.quantize(gaussian(17, 100, device=device))
