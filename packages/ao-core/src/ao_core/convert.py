@@ -101,7 +101,8 @@ def quantize_(
         made = parse_scheme(scheme, **options)
         known[str(made)] = made
         rules = [Rule(pattern, None) for pattern in _patterns(exclude, ())]
-        rules += [Rule(pattern, made) for pattern in _patterns(include, ("*",))]
+        wanted = sorted(_patterns(include, ("*",)), key=lambda pattern: pattern == "*")  # names come first
+        rules += [Rule(pattern, made) for pattern in wanted]
     elif options or include is not None or exclude is not None:
         raise PlanError("a list of rules takes no options, include or exclude: write them as rules.")
     else:
