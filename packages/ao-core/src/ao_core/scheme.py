@@ -184,6 +184,16 @@ def parse_scheme(text: str | Scheme, **options: Any) -> Scheme:
     """
     if isinstance(text, Scheme):
         return text._make({**vars(text), **options}) if options else text
+    name, given = split_text(text)
+    return SCHEMES.get(name)._make({**given, **options})
+
+
+def split_text(text: str) -> tuple[str, dict[str, Any]]:
+    """The name and the options of ``NAME:OPTION=VALUE,...``; commas in brackets belong to a value.
+
+    Raises:
+        OptionError: an option without a value.
+    """
     name, _, tail = text.partition(":")
     given: dict[str, Any] = {}
     for part in filter(None, re.split(r",(?![^()\[\]]*[)\]])", tail)):  # commas outside brackets
@@ -191,7 +201,7 @@ def parse_scheme(text: str | Scheme, **options: Any) -> Scheme:
         if not equals:
             raise OptionError(f"{text!r} must read NAME:OPTION=VALUE,...; {part!r} has no '='.")
         given[key.strip()] = _value(value.strip())
-    return SCHEMES.get(name.strip())._make({**given, **options})
+    return name.strip(), given
 
 
 def schemes() -> dict[str, type[Scheme]]:
