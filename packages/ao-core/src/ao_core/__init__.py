@@ -28,7 +28,7 @@ if TYPE_CHECKING:
         RejectedError,
         UnknownNameError,
     )
-    from ao_core.kernels import KERNELS, Kernel, Key, explain, use_provider
+    from ao_core.kernels import KERNELS, Kernel, Key, explain, kernel_for, use_provider
     from ao_core.metrics import model_bytes, perplexity, sqnr, stored_bytes
     from ao_core.models import load_model
     from ao_core.ops import OPS, Op
@@ -48,7 +48,7 @@ _HOME = {
         "AoError", "CheckpointError", "ModelError", "OptionError", "PlanError", "PluginError",
         "RejectedError", "UnknownNameError",
     ],
-    "kernels": ["KERNELS", "Kernel", "Key", "explain", "use_provider"],
+    "kernels": ["KERNELS", "Kernel", "Key", "explain", "kernel_for", "use_provider"],
     "metrics": ["model_bytes", "perplexity", "sqnr", "stored_bytes"],
     "models": ["load_model"],
     "ops": ["OPS", "Op"],
@@ -89,6 +89,7 @@ __all__ = [
     "explain",
     "hookimpl",
     "hookspec",
+    "kernel_for",
     "load",
     "load_model",
     "model_bytes",

@@ -206,6 +206,11 @@ def choose(op: Op, key: Key, pinned: str | None = None) -> Kernel:
     return preferred or usable[0]
 
 
+def kernel_for(op: Op, *args: Any, provider: str | None = None) -> Kernel:
+    """The kernel that would run for a call of ``op``; raises as :func:`choose` does."""
+    return choose(op, key_of(op, args), provider)
+
+
 def explain(op: Op, device: torch.device | str = "cpu") -> list[Row]:
     """Every kernel of ``op`` for each key among its samples: its priority, its reason, the choice."""
     rows: list[Row] = []
@@ -284,6 +289,7 @@ __all__ = [
     "clear_choices",
     "dispatch",
     "explain",
+    "kernel_for",
     "key_of",
     "set_chooser",
     "use_provider",

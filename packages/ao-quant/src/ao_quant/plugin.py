@@ -12,22 +12,25 @@ if TYPE_CHECKING:
 
 @hookimpl
 def ao_register_schemes() -> list[Any]:
-    """The int8 schemes."""
+    """The integer schemes."""
+    from ao_quant.int4 import Int4WeightOnly, Int8DynamicInt4Weight
     from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
+    from ao_quant.uint4 import UInt4
 
-    return [Int8WeightOnly, Int8Dynamic]
+    return [Int8WeightOnly, Int8Dynamic, Int4WeightOnly, Int8DynamicInt4Weight, UInt4]
 
 
 @hookimpl
 def ao_register_ops() -> list[Any]:
     """The linears of the schemes."""
-    from ao_quant import float8_ops, int4_ops, int8_ops, nf4_ops
+    from ao_quant import float8_ops, int4_ops, int4_tiles, int8_ops, nf4_ops
 
     return [
         int8_ops.INT8_WEIGHT_LINEAR,
         int8_ops.INT8_DYNAMIC_LINEAR,
         int4_ops.INT4_WEIGHT_LINEAR,
         int4_ops.INT8_DYNAMIC_INT4_LINEAR,
+        int4_tiles.INT4_TILED_LINEAR,
         nf4_ops.NF4_LINEAR,
         float8_ops.FLOAT8_WEIGHT_LINEAR,
         float8_ops.FLOAT8_DYNAMIC_LINEAR,
@@ -37,9 +40,9 @@ def ao_register_ops() -> list[Any]:
 @hookimpl
 def ao_register_kernels() -> list[Any]:
     """Kernels in C for the CPU, and torch's own."""
-    from ao_quant import float8_ops, int4_ops, int8_ops, native, nf4_ops
+    from ao_quant import float8_ops, int4_ops, int4_tiles, int8_ops, native, nf4_ops
 
-    modules = (native, int8_ops, int4_ops, nf4_ops, float8_ops)
+    modules = (native, int8_ops, int4_ops, int4_tiles, nf4_ops, float8_ops)
     return [kernel for module in modules for kernel in module.KERNELS]
 
 

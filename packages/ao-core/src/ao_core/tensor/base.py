@@ -41,7 +41,7 @@ class QuantizedTensor(torch.Tensor):
         attr_names: names of the options.
         row_data: those of ``data_names`` that are cut along with the outer tensor when it is sliced,
             split or looked up along any dimension but the last; all of them by default. Such a tensor
-            has the outer tensor's size in that dimension.
+            has the outer tensor's size in that dimension. If there are none, :meth:`portable` is cut.
     """
 
     data_names: ClassVar[tuple[str, ...]] = ()
@@ -107,6 +107,10 @@ class QuantizedTensor(torch.Tensor):
         weights: list[QuantizedTensor] = list(self.unbind(0))  # type: ignore[arg-type]
         rows = [weight.linear(each, None) for weight, each in zip(weights, x.unbind(0), strict=True)]
         return torch.stack(rows) if rows else x.new_empty(0, x.shape[1], self.shape[1])
+
+    def rows(self, index: torch.Tensor) -> QuantizedTensor:
+        """Rows ``index`` (integers ``[R]``) along the first dimension: what an embedding looks up."""
+        return self[index]
 
     def portable(self) -> QuantizedTensor:
         """The same weight in a layout that every device can read: what a checkpoint holds.

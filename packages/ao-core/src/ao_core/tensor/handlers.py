@@ -176,6 +176,8 @@ def _cut(tensor: Q, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], o
         refuse(type(tensor), "a cut; cut before transposing")
     dim %= tensor.ndim
     names = tensor.row_data if tensor.row_data is not None else tuple(tensor.stored())
+    if not names and (portable := tensor.portable()) is not tensor:
+        return _cut(portable, dim, fn, outer)  # type: ignore[return-value]
     for name in names:
         data = getattr(tensor, name)
         if data is not None and (data.ndim <= dim or data.shape[dim] != tensor.shape[dim]):
@@ -240,9 +242,7 @@ def _split(tensor: Q, sizes: int | list[int], dim: int = 0) -> list[Q]:
 
 
 def _embedding(weight: QuantizedTensor, indices: torch.Tensor, *args: Any) -> torch.Tensor:
-    flat = indices.reshape(-1)
-    outer = (flat.numel(), weight.shape[-1])
-    rows = _cut(weight, 0, lambda data, d: data.index_select(d, flat), outer)
+    rows = weight.rows(indices.reshape(-1))
     return rows.dequantize().reshape(*indices.shape, weight.shape[-1])
 
 

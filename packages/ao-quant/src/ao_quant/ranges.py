@@ -1,0 +1,193 @@
+"""Choosing the parameters of a group without data: its range, the least squares, or half-quadratic.
+
+Free functions on groups ``[..., N, G, g]`` of a weight in float32. A short last group is filled up by
+repeating its own last value, so that it has no say beyond its own columns' range; where errors are
+summed, the fill is left out by a mask. Parameters come back rounded to bfloat16, as they are stored.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+ZeroPoint = Literal["float", "integer"] | None
+Method = Literal["minmax", "mse", "hqq"]
+
+QMAX = 15
+MIDDLE = 8
+_TINY = 1e-30
+# A group that hardly varies: the bfloat16 midpoint is off by up to 2 ** -9 of itself, and codes must reach
+# over that.
+_FLAT = 2.0**-8
+
+
+@dataclass(frozen=True)
+class GroupParams:
+    """``scale`` bfloat16 ``[..., N, G]``; ``zero`` bfloat16 midpoints, uint8 zero points, or None."""
+
+    scale: Tensor
+    zero: Tensor | None
+
+
+def grouped(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
+    """``[..., N, K]`` to float32 ``[..., N, G, g]``, and a mask ``[G, g]`` of what is really there."""
+    columns = weight.shape[-1]
+    size = columns if group_size == -1 else min(group_size, columns)
+    groups = -(-columns // size)
+    missing = groups * size - columns
+    wide = weight.to(torch.float32)
+    if missing:
+        wide = torch.cat((wide, wide[..., -1:].expand(*wide.shape[:-1], missing)), -1)
+    real = torch.arange(groups * size, device=weight.device) < columns
+    return wide.reshape(*weight.shape[:-1], groups, size), real.view(groups, size)
+
+
+def minmax(low: Tensor, high: Tensor, zero_point: ZeroPoint) -> GroupParams:
+    """Parameters whose 16 codes span ``[low, high]``, both ``[..., N, G]``.
+
+    ``float``: ``scale = (high - low) / 15``, midpoint ``low + 8 * scale`` (tinygemm's convention).
+    ``integer``: the range is widened to hold 0, which is then exact. None: ``absmax / 7.5``.
+    """
+    largest = torch.maximum(low.abs(), high.abs())
+    if zero_point is None:
+        return GroupParams((largest / 7.5).clamp_min_(_TINY).bfloat16(), None)
+    if zero_point == "integer":
+        low, high = low.clamp_max(0), high.clamp_min(0)
+        scale = ((high - low) / QMAX).clamp_min_(_TINY).bfloat16()
+        zero = (-low / scale.float()).round_().clamp_(0, QMAX)
+        return GroupParams(scale, zero.to(torch.uint8))
+    scale = (torch.maximum(high - low, _FLAT * largest) / QMAX).clamp_min_(_TINY).bfloat16()
+    return GroupParams(scale, (low + MIDDLE * scale.float()).bfloat16())
+
+
+def encode(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """Codes in [0, 15] as float32: the nearest to ``values``, whose shape the parameters broadcast to."""
+    steps = values.to(torch.float32)
+    if zero is not None and zero.is_floating_point():
+        steps = (steps - zero.to(torch.float32)) / scale.to(torch.float32) + MIDDLE
+        return steps.round_().clamp_(0, QMAX)
+    codes = (steps / scale.to(torch.float32)).round_()
+    codes += MIDDLE if zero is None else zero.to(torch.float32)
+    return codes.clamp_(0, QMAX)
+
+
+def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
+    """What ``codes`` stand for, float32: ``(q - 8) * scale + zero``, or ``(q - zero) * scale``."""
+    steps = codes.to(torch.float32)
+    if zero is None or zero.is_floating_point():
+        values = (steps - MIDDLE) * scale.to(torch.float32)
+        return values if zero is None else values + zero.to(torch.float32)
+    return (steps - zero.to(torch.float32)) * scale.to(torch.float32)
+
+
+def mse(groups: Tensor, real: Tensor, zero_point: ZeroPoint, *, steps: int = 24) -> GroupParams:
+    """The range that leaves the least squared error, of ``steps`` ones down to half the full range.
+
+    With a float midpoint the best is then refined by least squares: given the codes, scale and midpoint
+    solve a regression; given these, the codes are the nearest; three times, kept where it is better.
+    """
+    low, high = groups.amin(-1), groups.amax(-1)
+    best = minmax(low, high, zero_point)
+    least = _squared_error(groups, real, best)
+    for step in range(1, steps):
+        cut = 0.5 * step / steps
+        if zero_point == "float":
+            narrower = ((high - low) * (cut / 2) + low, high - (high - low) * (cut / 2))
+        else:
+            narrower = (low * (1 - cut), high * (1 - cut))
+        best, least = _better(groups, real, minmax(*narrower, zero_point), best, least)
+    if zero_point == "float":
+        for _ in range(3):
+            best, least = _better(groups, real, _regression(groups, real, best), best, least)
+    return best
+
+
+def hqq(
+    groups: Tensor,
+    real: Tensor,
+    *,
+    lp_norm: float = 0.7,
+    beta: float = 10.0,
+    kappa: float = 1.01,
+    iterations: int = 20,
+) -> GroupParams:
+    """The midpoint that a half-quadratic solver finds for the range's scale: few large errors are forgiven.
+
+    Minimizes ``|W - decode(encode(W))|_p`` with p < 1 by splitting off a sparse error ``E``: ``E`` is the
+    shrunk residual, the midpoint is the mean of ``W - E`` less its steps. Stops when no group gains.
+
+    Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023), eq. 1-5.
+    """
+    start = minmax(groups.amin(-1), groups.amax(-1), "float")
+    scale = start.scale.float().unsqueeze(-1)
+    zero = start.zero.float().unsqueeze(-1)  # type: ignore[union-attr]
+    count = real.sum(-1, keepdim=True)
+    best_zero, least = zero, torch.full_like(zero, torch.inf)
+    for _ in range(iterations):
+        levels = ((groups - zero) / scale).round_().clamp_(-MIDDLE, QMAX - MIDDLE) * scale
+        residual = (groups - zero - levels) * real
+        error = residual.abs().mean(-1, keepdim=True)
+        gains = error < least
+        if not bool(gains.any()):
+            break
+        best_zero, least = torch.where(gains, zero, best_zero), torch.minimum(error, least)
+        magnitude = residual.abs()
+        shrunk = (magnitude - magnitude.clamp_min(1e-12).pow(lp_norm - 1) / beta).clamp_min_(0)
+        sparse = shrunk * residual.sign()
+        zero = ((groups - sparse - levels) * real).sum(-1, keepdim=True) / count
+        beta *= kappa
+    return GroupParams(start.scale, best_zero.squeeze(-1).bfloat16())
+
+
+def _better(
+    groups: Tensor, real: Tensor, trial: GroupParams, best: GroupParams, least: Tensor
+) -> tuple[GroupParams, Tensor]:
+    """For each group the parameters with the smaller error, and that error."""
+    error = _squared_error(groups, real, trial)
+    wins = error < least
+    scale = torch.where(wins, trial.scale, best.scale)
+    zero = best.zero
+    if trial.zero is not None and zero is not None:
+        zero = torch.where(wins, trial.zero, zero)
+    return GroupParams(scale, zero), torch.where(wins, error, least)
+
+
+def _squared_error(groups: Tensor, real: Tensor, params: GroupParams) -> Tensor:
+    scale = params.scale.unsqueeze(-1)
+    zero = None if params.zero is None else params.zero.unsqueeze(-1)
+    residual = decode(encode(groups, scale, zero), scale, zero).sub_(groups)
+    return residual.mul_(residual).mul_(real).sum(-1)
+
+
+def _regression(groups: Tensor, real: Tensor, params: GroupParams) -> GroupParams:
+    """Scale and midpoint of the line through (code - 8, weight) with the least squares."""
+    assert params.zero is not None
+    steps = encode(groups, params.scale.unsqueeze(-1), params.zero.unsqueeze(-1)) - MIDDLE
+    count = real.sum(-1)
+    mean_step = (steps * real).sum(-1) / count
+    mean = (groups * real).sum(-1) / count
+    centred = (steps - mean_step.unsqueeze(-1)) * real
+    spread = centred.square().sum(-1)
+    slope = (centred * groups).sum(-1) / spread.clamp_min(1e-12)
+    scale = torch.where((spread > 0) & (slope > 0), slope, params.scale.float()).bfloat16()
+    return GroupParams(scale, (mean - scale.float() * mean_step).bfloat16())
+
+
+def choose(weight: Tensor, *, group_size: int, zero_point: ZeroPoint, method: Method) -> GroupParams:
+    """Parameters of each group of ``weight`` ``[..., N, K]`` by ``method``; ``hqq`` has a float midpoint.
+
+    Args:
+        weight: float, ``[..., N, K]``.
+        group_size: columns to a group, the last may be shorter; -1 for the whole row.
+        zero_point: ``"float"``, ``"integer"`` or None: see :func:`minmax`.
+        method: ``"minmax"``, ``"mse"`` or ``"hqq"``.
+    """
+    groups, real = grouped(weight, group_size)
+    if method == "mse":
+        return mse(groups, real, zero_point)
+    if method == "hqq":
+        return hqq(groups, real)
+    return minmax(groups.amin(-1), groups.amax(-1), zero_point)
