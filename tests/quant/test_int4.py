@@ -36,7 +36,7 @@ def test_the_last_group_may_be_shorter(k, group_size, zero_point):
 
 
 def test_the_float_midpoint_is_torchaos():
-    weight = weight_of(17, 256)
+    weight = weight_of(17, 256, dtype=torch.bfloat16)
     scales, zeros = get_groupwise_affine_qparams(weight, 4, 64)
     codes = groupwise_affine_quantize_tensor_from_qparams(weight, scales, zeros, 4, 64)
     scheme = ao.parse_scheme("int4-weight-only:group_size=64")

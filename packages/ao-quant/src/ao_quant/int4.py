@@ -19,8 +19,9 @@ GROUP_SIZES = (32, 64, 128, 256, -1)
 class Int4Tensor(QuantizedTensor):
     """Two codes a byte, ``uint8 [..., N, ceil(K / 2)]``, the even column in the low four bits.
 
-    ``scale`` is bfloat16 ``[..., N, G]``. ``zero`` is None, a bfloat16 midpoint or a uint8 zero point, of
-    that shape. The last group of a row may be shorter. Every device reads this layout.
+    ``scale`` is ``[..., N, G]``, float32 for a float32 weight, else bfloat16. ``zero`` is None, a midpoint
+    of that dtype or a uint8 zero point, of that shape. The last group of a row may be shorter. Every
+    device reads this layout.
     """
 
     data_names = ("packed", "scale", "zero")
@@ -55,7 +56,7 @@ class Int4TiledTensor(QuantizedTensor):
     """The same weight in the tiles of torch's int4 kernels, for one kind of device.
 
     ``tiles`` as ``torch._convert_weight_to_int4pack`` (CUDA) or ``..._for_cpu`` makes them, padded to whole
-    tiles and groups; ``scale_and_zero`` bfloat16 ``[G, N, 2]``. Moving, saving, and looking up rows go
+    tiles and groups; ``scale_and_zero`` float ``[G, N, 2]``. Moving, saving, and looking up rows go
     through :class:`Int4Tensor`: tiles are never reinterpreted.
     """
 
@@ -130,7 +131,7 @@ class Int8DynamicInt4Tensor(Int4Tensor):
 
 
 class _Int4(Scheme):
-    """What the 4-bit schemes share: groups, codes in [0, 15], parameters in bfloat16."""
+    """What the 4-bit schemes share: groups, codes in [0, 15]."""
 
     rowwise: ClassVar[bool] = True
     group_size: int

@@ -42,8 +42,7 @@ def tiling_for(weight: Int4Tensor) -> str | None:
     if not plain or weight.provider not in (None, "torch"):
         return None
     tiling = _torch_tiling(weight.device, weight.dtype)
-    whole = weight.zero is not None and not weight.zero.is_floating_point()
-    if tiling is None or (whole and weight.dtype != torch.bfloat16):  # its midpoint is a bfloat16
+    if tiling is None or weight.scale.dtype != weight.dtype:  # torch takes parameters of that dtype only
         return None
     x = weight.packed.new_empty(0, weight.shape[1], dtype=weight.dtype)
     args = (x, weight.packed, weight.scale, weight.zero, None, weight.group_size)
@@ -67,13 +66,13 @@ def tile(
 
     Args:
         codes: uint8 ``[N, K]`` in [0, 15].
-        scale: bfloat16 ``[N, G]``.
-        zero: None, bfloat16 midpoints or uint8 zero points ``[N, G]``.
+        scale: float ``[N, G]``.
+        zero: None, midpoints of that dtype, or uint8 zero points ``[N, G]``.
         group_size: 32, 64, 128 or 256.
         tiling: see the module.
 
     Returns:
-        ``(tiles, scale_and_zero)``; the latter bfloat16 ``[G, N, 2]`` with N filled up.
+        ``(tiles, scale_and_zero)``; the latter in the dtype of ``scale``, ``[G, N, 2]`` with N filled up.
     """
     (n, k), groups = codes.shape, scale.shape[1]
     more_rows = -n % _BLOCK[tiling]
@@ -184,7 +183,7 @@ def tiled_linear_reference(
     Args:
         x: float ``[..., K]``.
         tiles: see the module.
-        scale_and_zero: bfloat16 ``[G, N, 2]``, N filled up to whole tiles.
+        scale_and_zero: float ``[G, N, 2]``, N filled up to whole tiles.
         bias: float ``[N]`` or None.
         rows: N.
         group_size: columns to a scale.
@@ -216,7 +215,7 @@ def tiled_linear_torch(
     if tiling == "tinygemm":
         out = torch._weight_int4pack_mm(flat, tiles, group_size, scale_and_zero)
     else:
-        out = torch._weight_int4pack_mm_for_cpu(flat, tiles, group_size, scale_and_zero.to(x.dtype))
+        out = torch._weight_int4pack_mm_for_cpu(flat, tiles, group_size, scale_and_zero)
     out = out[:, :rows].reshape(*x.shape[:-1], rows)
     return out if bias is None else out + bias.to(x.dtype)
 
@@ -245,8 +244,8 @@ def tiled_linear_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
             groups = -(-k // group_size)
             x = torch.randn(rows, k, generator=generator).to(dtype)
             codes = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
-            scale = (torch.rand(n, groups, generator=generator) / 10 + 0.01).bfloat16()
-            midpoint = (torch.randn(n, groups, generator=generator) / 10).bfloat16()
+            scale = (torch.rand(n, groups, generator=generator) / 10 + 0.01).to(dtype)
+            midpoint = (torch.randn(n, groups, generator=generator) / 10).to(dtype)
             tiles, both = tile(codes, scale, midpoint if index % 2 else None, group_size, str(tiling))
             bias = torch.randn(n, generator=generator).to(dtype) if rows % 2 else None
             parts = [None if part is None else part.to(device) for part in (x, tiles, both, bias)]

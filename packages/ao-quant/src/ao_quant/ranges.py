@@ -2,7 +2,8 @@
 
 Free functions on groups ``[..., N, G, g]`` of a weight in float32. A short last group is filled up by
 repeating its own last value, so that it has no say beyond its own columns' range; where errors are
-summed, the fill is left out by a mask. Parameters come back rounded to bfloat16, as they are stored.
+summed, the fill is left out by a mask. Parameters come back as they are stored: rounded to bfloat16, or in
+float32 for a float32 weight.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ Method = Literal["minmax", "mse", "hqq"]
 QMAX = 15
 MIDDLE = 8
 _TINY = 1e-30
-# A group that hardly varies: the bfloat16 midpoint is off by up to 2 ** -9 of itself, and codes must reach
-# over that.
+# A group that hardly varies: a bfloat16 midpoint is off by up to 2 ** -9 of itself, and codes must reach over
+# that.
 _FLAT = 2.0**-8
+_IN_CACHE = 1 << 17
 
 
 @dataclass(frozen=True)
 class GroupParams:
-    """``scale`` bfloat16 ``[..., N, G]``; ``zero`` bfloat16 midpoints, uint8 zero points, or None."""
+    """``scale`` float ``[..., N, G]``; ``zero`` midpoints of that dtype, uint8 zero points, or None."""
 
     scale: Tensor
     zero: Tensor | None
@@ -45,22 +47,22 @@ def grouped(weight: Tensor, group_size: int) -> tuple[Tensor, Tensor]:
     return wide.reshape(*weight.shape[:-1], groups, size), real.view(groups, size)
 
 
-def minmax(low: Tensor, high: Tensor, zero_point: ZeroPoint) -> GroupParams:
-    """Parameters whose 16 codes span ``[low, high]``, both ``[..., N, G]``.
+def minmax(low: Tensor, high: Tensor, zero_point: ZeroPoint, dtype: torch.dtype) -> GroupParams:
+    """Parameters in ``dtype`` whose 16 codes span ``[low, high]``, both ``[..., N, G]``.
 
     ``float``: ``scale = (high - low) / 15``, midpoint ``low + 8 * scale`` (tinygemm's convention).
     ``integer``: the range is widened to hold 0, which is then exact. None: ``absmax / 7.5``.
     """
     largest = torch.maximum(low.abs(), high.abs())
     if zero_point is None:
-        return GroupParams((largest / 7.5).clamp_min_(_TINY).bfloat16(), None)
+        return GroupParams((largest / 7.5).clamp_min_(_TINY).to(dtype), None)
     if zero_point == "integer":
         low, high = low.clamp_max(0), high.clamp_min(0)
-        scale = ((high - low) / QMAX).clamp_min_(_TINY).bfloat16()
+        scale = ((high - low) / QMAX).clamp_min_(_TINY).to(dtype)
         zero = (-low / scale.float()).round_().clamp_(0, QMAX)
         return GroupParams(scale, zero.to(torch.uint8))
-    scale = (torch.maximum(high - low, _FLAT * largest) / QMAX).clamp_min_(_TINY).bfloat16()
-    return GroupParams(scale, (low + MIDDLE * scale.float()).bfloat16())
+    scale = (torch.maximum(high - low, _FLAT * largest) / QMAX).clamp_min_(_TINY).to(dtype)
+    return GroupParams(scale, (low + MIDDLE * scale.float()).to(dtype))
 
 
 def encode(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
@@ -83,14 +85,16 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return (steps - zero.to(torch.float32)) * scale.to(torch.float32)
 
 
-def mse(groups: Tensor, real: Tensor, zero_point: ZeroPoint, *, steps: int = 24) -> GroupParams:
+def mse(
+    groups: Tensor, real: Tensor, zero_point: ZeroPoint, dtype: torch.dtype, *, steps: int = 24
+) -> GroupParams:
     """The range that leaves the least squared error, of ``steps`` ones down to half the full range.
 
     With a float midpoint the best is then refined by least squares: given the codes, scale and midpoint
     solve a regression; given these, the codes are the nearest; three times, kept where it is better.
     """
     low, high = groups.amin(-1), groups.amax(-1)
-    best = minmax(low, high, zero_point)
+    best = minmax(low, high, zero_point, dtype)
     least = _squared_error(groups, real, best)
     for step in range(1, steps):
         cut = 0.5 * step / steps
@@ -98,7 +102,7 @@ def mse(groups: Tensor, real: Tensor, zero_point: ZeroPoint, *, steps: int = 24)
             narrower = ((high - low) * (cut / 2) + low, high - (high - low) * (cut / 2))
         else:
             narrower = (low * (1 - cut), high * (1 - cut))
-        best, least = _better(groups, real, minmax(*narrower, zero_point), best, least)
+        best, least = _better(groups, real, minmax(*narrower, zero_point, dtype), best, least)
     if zero_point == "float":
         for _ in range(3):
             best, least = _better(groups, real, _regression(groups, real, best), best, least)
@@ -108,6 +112,7 @@ def mse(groups: Tensor, real: Tensor, zero_point: ZeroPoint, *, steps: int = 24)
 def hqq(
     groups: Tensor,
     real: Tensor,
+    dtype: torch.dtype,
     *,
     lp_norm: float = 0.7,
     beta: float = 10.0,
@@ -121,7 +126,7 @@ def hqq(
 
     Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023), eq. 1-5.
     """
-    start = minmax(groups.amin(-1), groups.amax(-1), "float")
+    start = minmax(groups.amin(-1), groups.amax(-1), "float", dtype)
     scale = start.scale.float().unsqueeze(-1)
     zero = start.zero.float().unsqueeze(-1)  # type: ignore[union-attr]
     count = real.sum(-1, keepdim=True)
@@ -139,7 +144,7 @@ def hqq(
         sparse = shrunk * residual.sign()
         zero = ((groups - sparse - levels) * real).sum(-1, keepdim=True) / count
         beta *= kappa
-    return GroupParams(start.scale, best_zero.squeeze(-1).bfloat16())
+    return GroupParams(start.scale, best_zero.squeeze(-1).to(dtype))
 
 
 def _better(
@@ -172,8 +177,8 @@ def _regression(groups: Tensor, real: Tensor, params: GroupParams) -> GroupParam
     centred = (steps - mean_step.unsqueeze(-1)) * real
     spread = centred.square().sum(-1)
     slope = (centred * groups).sum(-1) / spread.clamp_min(1e-12)
-    scale = torch.where((spread > 0) & (slope > 0), slope, params.scale.float()).bfloat16()
-    return GroupParams(scale, (mean - scale.float() * mean_step).bfloat16())
+    scale = torch.where((spread > 0) & (slope > 0), slope, params.scale.float()).to(params.scale.dtype)
+    return GroupParams(scale, (mean - scale.float() * mean_step).to(scale.dtype))
 
 
 def choose(weight: Tensor, *, group_size: int, zero_point: ZeroPoint, method: Method) -> GroupParams:
@@ -186,8 +191,19 @@ def choose(weight: Tensor, *, group_size: int, zero_point: ZeroPoint, method: Me
         method: ``"minmax"``, ``"mse"`` or ``"hqq"``.
     """
     groups, real = grouped(weight, group_size)
-    if method == "mse":
-        return mse(groups, real, zero_point)
-    if method == "hqq":
-        return hqq(groups, real)
-    return minmax(groups.amin(-1), groups.amax(-1), zero_point)
+    dtype = torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
+    if method == "minmax":
+        return minmax(groups.amin(-1), groups.amax(-1), zero_point, dtype)
+    flat = groups.flatten(0, -3)  # [rows, G, g]
+    # Both methods go over a group again and again: on a CPU it should stay in the cache.
+    at_once = (
+        max(_IN_CACHE // (flat.shape[1] * flat.shape[2]), 1) if weight.device.type == "cpu" else len(flat)
+    )
+    parts = [
+        mse(part, real, zero_point, dtype) if method == "mse" else hqq(part, real, dtype)
+        for part in flat.split(at_once)
+    ]
+    shape = groups.shape[:-1]
+    zeros = [part.zero for part in parts if part.zero is not None]
+    zero = torch.cat(zeros).view(shape) if zeros else None
+    return GroupParams(torch.cat([part.scale for part in parts]).view(shape), zero)
