@@ -12,12 +12,15 @@ if TYPE_CHECKING:
 
 @hookimpl
 def ao_register_schemes() -> list[Any]:
-    """The integer schemes."""
+    """Every scheme of this package."""
+    from ao_quant.float8 import Float8Dynamic, Float8WeightOnly
     from ao_quant.int4 import Int4WeightOnly, Int8DynamicInt4Weight
     from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
+    from ao_quant.nf4 import Nf4
     from ao_quant.uint4 import UInt4
 
-    return [Int8WeightOnly, Int8Dynamic, Int4WeightOnly, Int8DynamicInt4Weight, UInt4]
+    integers = [Int8WeightOnly, Int8Dynamic, Int4WeightOnly, Int8DynamicInt4Weight, UInt4]
+    return [*integers, Nf4, Float8WeightOnly, Float8Dynamic]
 
 
 @hookimpl
@@ -48,7 +51,9 @@ def ao_register_kernels() -> list[Any]:
 
 @hookimpl
 def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> list[Any]:
-    """Both int8 schemes, for any weight."""
+    """The int8, float8 and NF4 schemes, for any weight."""
+    from ao_quant.float8 import Float8Dynamic, Float8WeightOnly
     from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
+    from ao_quant.nf4 import Nf4
 
-    return [Int8WeightOnly(), Int8Dynamic()]
+    return [Int8WeightOnly(), Int8Dynamic(), Float8WeightOnly(), Float8Dynamic(), Nf4()]
