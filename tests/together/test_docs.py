@@ -32,7 +32,7 @@ else:
 ROOT = Path(__file__).parents[2]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 READMES = [README, *sorted(ROOT.glob("packages/*/README.md"))]
-TUTORIALS = [DOCS / "plugins.md", DOCS / "hooks.md"]
+TUTORIALS = [DOCS / name for name in ("plugins.md", "hooks.md", "migrating-from-torchao.md")]
 PAGES = [*READMES, *sorted(DOCS.glob("*.md")), ROOT / "CHANGELOG.md"]
 TERNARY = ROOT / "examples" / "ao-ternary"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ class PointwiseConv2d(nn.Linear):
         super().__init__(conv.in_channels, conv.out_channels, bias=False, device="meta")
         weight = conv.weight
         self.weight = nn.Parameter(weight.detach().flatten(1), requires_grad=weight.requires_grad)
-        self.register_parameter("bias", conv.bias)
+        self.bias = cast("nn.Parameter", conv.bias)
         self.stride: tuple[int, int] = conv.stride  # type: ignore[assignment]
         self.padding = [0, 0, 0, 0]  # left, right, top, bottom, as F.pad wants it
         if not isinstance(conv.padding, str):  # "same" and "valid" add nothing to a 1×1 kernel

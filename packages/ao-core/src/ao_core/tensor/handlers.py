@@ -47,6 +47,11 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 - F
             f"F.linear takes a weight [N, K], and was given {tuple(weight.shape)}. Take one of a stack by "
             "weight[index], or multiply all with torch.bmm(x, weight.transpose(-2, -1))."
         )
+    if input.shape[-1] != weight.shape[1]:
+        raise RuntimeError(
+            f"a linear with {weight.shape[1]} input features was given an input {tuple(input.shape)}; its "
+            "last dimension must match."
+        )
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
         return _Linear.apply(input, weight, bias)  # type: ignore[no-untyped-call]
     return weight.linear(input, bias)
