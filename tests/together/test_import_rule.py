@@ -23,7 +23,7 @@ PROJECTS = [*sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml
 PROJECTS += [ROOT / "examples" / "ao-ternary"]  # a stranger keeps the same rule
 
 # What other packages may import of ao_core, beside the names in ao_core.__all__.
-PUBLIC_MODULES = re.compile(r"ao_core(\.hookspecs|\.testing|\.numerics(\.\w+)?)?")
+PUBLIC_MODULES = re.compile(r"ao_core(\.hookspecs|\.testing|\.calibrate|\.numerics(\.\w+)?)?")
 
 # Inside ao_core a module imports from the rows above its own and, where that makes no cycle, from
 # its own row. ao_core/__init__.py joins them all and is exempt; its __version__ is for everyone.
@@ -39,7 +39,7 @@ LAYERS = (
     {"plan"},
     {"algorithm"},
     {"plugins"},
-    {"convert", "calibrate", "checkpoint", "rebuild", "shards", "metrics", "models"},
+    {"convert", "calibrate", "compress", "checkpoint", "rebuild", "shards", "metrics", "models"},
     {"cli", "testing"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}

@@ -13,10 +13,11 @@ from ao_core import registry as _registry
 from ao_core.hookspecs import hookimpl, hookspec
 
 if TYPE_CHECKING:
-    from ao_core import numerics, testing
-    from ao_core.algorithm import Algorithm
+    from ao_core import calibrate, numerics, testing
+    from ao_core.algorithm import Algorithm, algorithms, parse_algorithm
     from ao_core.checkpoint import load, save
     from ao_core.command import Command
+    from ao_core.compress import BlockAlgorithm, CompressReport, compress_
     from ao_core.convert import Report, apply_, quantize_
     from ao_core.errors import (
         AoError,
@@ -40,9 +41,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "algorithm": ["Algorithm"],
+    "algorithm": ["Algorithm", "algorithms", "parse_algorithm"],
     "checkpoint": ["load", "save"],
     "command": ["Command"],
+    "compress": ["BlockAlgorithm", "CompressReport", "compress_"],
     "convert": ["Report", "apply_", "quantize_"],
     "errors": [
         "AoError", "CheckpointError", "ModelError", "OptionError", "PlanError", "PluginError",
@@ -64,9 +66,11 @@ __all__ = [
     "OPS",
     "Algorithm",
     "AoError",
+    "BlockAlgorithm",
     "CheckpointError",
     "Choice",
     "Command",
+    "CompressReport",
     "Fault",
     "InputScaledTensor",
     "Kernel",
@@ -85,7 +89,10 @@ __all__ = [
     "Scheme",
     "UnknownNameError",
     "__version__",
+    "algorithms",
     "apply_",
+    "calibrate",
+    "compress_",
     "explain",
     "hookimpl",
     "hookspec",
@@ -94,6 +101,7 @@ __all__ = [
     "load_model",
     "model_bytes",
     "numerics",
+    "parse_algorithm",
     "parse_scheme",
     "perplexity",
     "quantize_",
@@ -117,7 +125,7 @@ _registry.set_loader(_load_plugins)
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("numerics", "testing"):
+    if name in ("calibrate", "numerics", "testing"):
         return importlib.import_module(f"ao_core.{name}")
     if name not in _WHERE:
         raise AttributeError(f"module 'ao_core' has no attribute {name!r}")

@@ -97,18 +97,34 @@ def quantize_(
     The model is unchanged if it raises.
     """
     known: dict[str, Scheme] = {}
-    if isinstance(scheme, (str, Scheme)):
-        made = parse_scheme(scheme, **options)
-        known[str(made)] = made
-        rules = [Rule(pattern, None) for pattern in _patterns(exclude, ())]
-        wanted = sorted(_patterns(include, ("*",)), key=lambda pattern: pattern == "*")  # names come first
-        rules += [Rule(pattern, made) for pattern in wanted]
-    elif options or include is not None or exclude is not None:
-        raise PlanError("a list of rules takes no options, include or exclude: write them as rules.")
-    else:
+    rules = made_rules(scheme, include, exclude, options, known)
+    return _apply(model, resolve(model, rules), known, progress)
+
+
+def made_rules(
+    scheme: str | Scheme | Sequence[Rule],
+    include: str | Iterable[str] | None,
+    exclude: str | Iterable[str] | None,
+    options: Mapping[str, Any],
+    known: dict[str, Scheme],
+) -> list[Rule]:
+    """The rules that the arguments of :func:`quantize_` stand for; schemes in them are added to ``known``.
+
+    Raises:
+        UnknownNameError, OptionError: the scheme can't be made.
+        PlanError: rules were given together with options or patterns.
+    """
+    if not isinstance(scheme, (str, Scheme)):
+        if options or include is not None or exclude is not None:
+            raise PlanError("a list of rules takes no options, include or exclude: write them as rules.")
         rules = list(scheme)
         known |= {str(rule.scheme): rule.scheme for rule in rules if isinstance(rule.scheme, Scheme)}
-    return _apply(model, resolve(model, rules), known, progress)
+        return rules
+    made = parse_scheme(scheme, **options)
+    known[str(made)] = made
+    left = [Rule(pattern, None) for pattern in _patterns(exclude, ())]
+    wanted = sorted(_patterns(include, ("*",)), key=lambda pattern: pattern == "*")  # names come first
+    return left + [Rule(pattern, made) for pattern in wanted]
 
 
 def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
@@ -126,16 +142,7 @@ def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
 
 
 def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: bool) -> Report:
-    """Apply ``plan``; ``known`` holds schemes that need not be registered."""
-    layers = find_layers(model).replaceable
-    work = {name: choice for name, choice in plan.layers.items() if choice.scheme is not None}
-    _check_layers(work, layers)
-    jobs = [
-        (layers[name], known.get(str(c.scheme)) or parse_scheme(str(c.scheme)), c.provider)
-        for name, c in work.items()
-    ]
-    for layer, scheme, _ in jobs:
-        _check_weight(layer, scheme)
+    jobs = planned(model, plan, known)
     before = model_bytes(model).total
     weights: list[tuple[Layer, QuantizedTensor]] = []
     for layer, scheme, provider in track(jobs, "quantizing", enabled=progress):
@@ -145,6 +152,31 @@ def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: 
         _replace(layer, quantized)
     new = sum(stored_bytes(quantized) for _, quantized in weights)
     return Report(plan, before, model_bytes(model).total, old, new)
+
+
+def planned(
+    model: nn.Module, plan: Plan, known: Mapping[str, Scheme]
+) -> list[tuple[Layer, Scheme, str | None]]:
+    """Each layer that ``plan`` converts, with its scheme and provider; all of them can be converted.
+
+    Args:
+        model: what the plan is for.
+        plan: the plan.
+        known: schemes by text that need not be registered.
+
+    Raises:
+        PlanError, RejectedError: as for :func:`apply_`.
+    """
+    layers = find_layers(model).replaceable
+    work = {name: choice for name, choice in plan.layers.items() if choice.scheme is not None}
+    _check_layers(work, layers)
+    jobs = [
+        (layers[name], known.get(str(c.scheme)) or parse_scheme(str(c.scheme)), c.provider)
+        for name, c in work.items()
+    ]
+    for layer, scheme, _ in jobs:
+        _check_weight(layer, scheme)
+    return jobs
 
 
 def _patterns(given: str | Iterable[str] | None, default: tuple[str, ...]) -> tuple[str, ...]:

@@ -50,6 +50,14 @@ def ao_register_kernels() -> list[Any]:
 
 
 @hookimpl
+def ao_register_algorithms() -> list[Any]:
+    """SmoothQuant."""
+    from ao_quant.smoothquant import SmoothQuant
+
+    return [SmoothQuant]
+
+
+@hookimpl
 def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> list[Any]:
     """The int8, float8 and NF4 schemes, for any weight."""
     from ao_quant.float8 import Float8Dynamic, Float8WeightOnly

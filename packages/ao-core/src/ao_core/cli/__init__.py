@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ao_core import plugins
-from ao_core.cli import listing, modelling, output
+from ao_core.cli import compress, listing, modelling, output
 from ao_core.command import Command
 from ao_core.errors import AoError
 
@@ -19,6 +19,7 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "schemes": listing.list_schemes,
     "kernels": listing.list_kernels,
     "quantize": modelling.quantize,
+    "compress": compress.compress,
     "eval": modelling.evaluate,
 }
 

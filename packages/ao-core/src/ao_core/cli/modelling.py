@@ -55,7 +55,7 @@ def quantize(
     if json:
         output.as_json({"scheme": str(made), "saved": str(out), **report.to_dict()})
         return
-    _show_report(report, str(made), out)
+    show_report(report, str(made), out)
 
 
 def evaluate(
@@ -139,7 +139,8 @@ def parse_device(text: str) -> torch.device:
     return device
 
 
-def _show_report(report: Any, scheme: str, out: Path) -> None:
+def show_report(report: Any, scheme: str, out: Path) -> None:
+    """Print what a conversion did: counts, bytes, and what was left alone by reason."""
     before, after = report.converted_bytes_before, report.converted_bytes_after
     rows: list[list[object]] = [
         ["layers converted", len(report.converted)],

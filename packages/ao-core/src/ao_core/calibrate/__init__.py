@@ -1,0 +1,30 @@
+"""Calibration: walking a model block by block, and showing algorithms what its layers see."""
+
+from __future__ import annotations
+
+from ao_core.calibrate.batches import as_batches, tensors
+from ao_core.calibrate.blocks import Blocks, NoBlocks, find_blocks
+from ao_core.calibrate.collectors import Absmax, Collector, Hessian, Sample, SquaredNorm
+from ao_core.calibrate.stage import Stage, matrices
+from ao_core.calibrate.trace import Call, Trace, place
+from ao_core.calibrate.walker import Walk, Walker
+
+__all__ = [
+    "Absmax",
+    "Blocks",
+    "Call",
+    "Collector",
+    "Hessian",
+    "NoBlocks",
+    "Sample",
+    "SquaredNorm",
+    "Stage",
+    "Trace",
+    "Walk",
+    "Walker",
+    "as_batches",
+    "find_blocks",
+    "matrices",
+    "place",
+    "tensors",
+]

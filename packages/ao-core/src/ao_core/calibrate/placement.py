@@ -1,0 +1,107 @@
+"""Where a model's parts lie while it is walked, and what they were before it was changed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import nn
+
+from ao_core.errors import OptionError
+
+
+class Placement:
+    """Brings parts of a model to ``device`` and back to where the model lies.
+
+    Args:
+        model: all of it on one device, unless ``device`` is None.
+        device: where blocks run; None leaves everything in place.
+
+    Raises:
+        OptionError: ``device`` is given and the model lies on several, or has parts on the meta device.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
+        found = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+        if any(each.type == "meta" for each in found):
+            raise OptionError(
+                "parts of the model lie on the meta device and have no values. Load them first."
+            )
+        if device is not None and len(found) > 1:
+            places = ", ".join(sorted(map(str, found)))
+            raise OptionError(
+                f"device={str(device)!r} was given for a model that lies on {places}; leave device out to "
+                "run each part where it is."
+            )
+        self.home = next(iter(found), torch.device("cpu"))
+        # An empty tensor knows that "cuda" is "cuda:0".
+        self.device = self.home if device is None else torch.empty(0, device=device).device
+        self.moves = self.device != self.home
+
+    @contextmanager
+    def brought(self, modules: Iterable[nn.Module]) -> Iterator[None]:
+        """Inside the block, the own tensors of each of ``modules`` lie on the device."""
+        modules = list(modules) if self.moves else []
+        try:
+            _move(modules, self.device)
+            yield
+        finally:
+            _move(modules, self.home)
+
+    def settle(self, model: nn.Module) -> None:
+        """Bring whatever lies on the device back, also parameters that were put there inside a block."""
+        _move(model.modules() if self.moves else (), self.home)
+
+
+def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
+    for module in modules:
+        module._apply(lambda tensor: tensor.to(device), recurse=False)
+
+
+@dataclass
+class _Entry:
+    module: nn.Module
+    attribute: str
+    original: nn.Parameter | None
+
+
+class Journal:
+    """Every parameter that was exchanged, so that it can be put back."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def exchange(self, module: nn.Module, attribute: str, parameter: nn.Parameter) -> None:
+        """Put ``parameter`` in its place."""
+        self._entries.append(_Entry(module, attribute, module._parameters[attribute]))
+        module.register_parameter(attribute, parameter)
+
+    def mark(self) -> int:
+        """A point that :meth:`restore` can go back to."""
+        return len(self._entries)
+
+    def restore(self, mark: int = 0) -> None:
+        """Undo what was done since ``mark``, last first."""
+        while len(self._entries) > mark:
+            entry = self._entries.pop()
+            entry.module._parameters[entry.attribute] = entry.original
+
+    def settle(self, device: torch.device | None) -> None:
+        """Forget all but the first state of each parameter, and move those to ``device``. Marks expire."""
+        first: dict[tuple[int, str], _Entry] = {}
+        for entry in self._entries:
+            first.setdefault((id(entry.module), entry.attribute), entry)
+        self._entries = list(first.values())
+        for entry in self._entries:
+            if device is not None and entry.original is not None:
+                entry.original.data = entry.original.data.to(device)
+
+    def original(self, module: nn.Module, attribute: str) -> torch.Tensor:
+        """The first state of a parameter; as it is now if it was never exchanged."""
+        for entry in self._entries:
+            if entry.module is module and entry.attribute == attribute:
+                return cast("torch.Tensor", entry.original)
+        return cast("torch.Tensor", module._parameters[attribute])
