@@ -77,7 +77,7 @@ def exact(x, weight, bias=None):
         torch.zeros_like,
         lambda w: w + 1,
         lambda w: w == w,  # noqa: PLR0124
-        lambda w: w.reshape(-1),
+        lambda w: w.reshape(-1, 1),
         lambda w: w.mul_(2),
         lambda w: torch.cat([w, w]),
         lambda w: w @ torch.ones(K),
