@@ -99,7 +99,12 @@ def dynamic_linear_torch(
     x_codes, x_scale = quantize_float8(x, rowwise=rowwise)
     # The float8 matmul sums in fewer bits than float32 has: it is not for float32 activations.
     if x.device.type == "cuda" and x.dtype != torch.float32 and x.numel():
-        out = _scaled_mm(x_codes.view(-1, codes.shape[1]), x_scale, codes, scale)
+        flat = x_codes.view(-1, codes.shape[1])
+        if x.dtype == torch.float16:  # bfloat16, which row scales come with, has three bits less
+            one = torch.ones((), device=x.device)
+            out = _scaled_mm(flat, one, codes, one, torch.float32) * (x_scale.reshape(-1, 1) * scale.view(-1))
+        else:
+            out = _scaled_mm(flat, x_scale, codes, scale, torch.bfloat16)
         out = out.view(*x.shape[:-1], codes.shape[0])
     else:
         dtype = torch.bfloat16 if x.dtype == torch.bfloat16 else torch.float32  # exact in both
@@ -112,9 +117,13 @@ _MULTIPLE = 16  # what _scaled_mm asks of K and N
 
 
 def _scaled_mm(
-    x_codes: torch.Tensor, x_scale: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor
+    x_codes: torch.Tensor,
+    x_scale: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    dtype: torch.dtype,
 ) -> torch.Tensor:
-    """bfloat16 ``[M, N]`` of float8 ``[M, K]`` and ``[N, K]``; shapes that are refused get zeros around."""
+    """``[M, N]`` in ``dtype`` of float8 ``[M, K]`` and ``[N, K]``; refused shapes get zeros around."""
     n = codes.shape[0]
     more_n, more_k = (-size % _MULTIPLE for size in codes.shape)
     if more_k:
@@ -129,7 +138,11 @@ def _scaled_mm(
         columns = scale.view(1, -1).expand(1, n)
         scales = rows.contiguous(), F.pad(columns, (0, more_n), value=1.0).contiguous()
     out = torch._scaled_mm(
-        x_codes.contiguous(), codes.contiguous().t(), *scales, out_dtype=torch.bfloat16, use_fast_accum=True
+        x_codes.contiguous(),
+        codes.contiguous().t(),
+        *scales,
+        out_dtype=dtype,
+        use_fast_accum=dtype == torch.bfloat16,
     )
     return out[:, :n].contiguous() if more_n else out
 

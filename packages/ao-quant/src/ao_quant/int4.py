@@ -73,8 +73,9 @@ class Int4TiledTensor(QuantizedTensor):
     @classmethod
     def from_plain(cls, weight: Int4Tensor, tiling: str) -> Int4TiledTensor:
         """Tile ``weight`` ``[N, K]`` for the device where it lies."""
-        codes = pack.unpack(weight.packed, bits=4, columns=weight.shape[1])
-        tiles, scale_and_zero = int4_tiles.tile(codes, weight.scale, weight.zero, weight.group_size, tiling)
+        tiles, scale_and_zero = int4_tiles.tile_packed(
+            weight.packed, weight.scale, weight.zero, weight.shape[1], weight.group_size, tiling
+        )
         kind: ZeroPoint = None
         if weight.zero is not None:
             kind = "float" if weight.zero.is_floating_point() else "integer"
@@ -89,11 +90,11 @@ class Int4TiledTensor(QuantizedTensor):
 
     def _plain(self, tiles: torch.Tensor, scale_and_zero: torch.Tensor, rows: int) -> Int4Tensor:
         shape = (rows, self.shape[1])
-        codes, scale, zero = int4_tiles.untile(
+        packed, scale, zero = int4_tiles.untile_packed(
             tiles, scale_and_zero, shape, self.group_size, self.zero_point, self.tiling
         )
         return Int4Tensor(
-            pack.pack(codes, bits=4), scale, zero, shape=shape, dtype=self.dtype, scheme=self.scheme,
+            packed, scale, zero, shape=shape, dtype=self.dtype, scheme=self.scheme,
             provider=self.provider, group_size=self.group_size,
         )  # fmt: skip
 

@@ -19,9 +19,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ao_core import Kernel, Key, Op, kernel_for
-from ao_core.numerics import pack
+from ao_core.numerics import affine, pack
+from ao_quant import ranges
 from ao_quant.decoded import linear_by_rows, linear_float32
-from ao_quant.int4_ops import INT4_WEIGHT_LINEAR, MIDDLE, dequantize_int4
+from ao_quant.int4_ops import INT4_WEIGHT_LINEAR, MIDDLE
 from ao_quant.ranges import ZeroPoint
 
 if TYPE_CHECKING:
@@ -31,6 +32,7 @@ _GROUP_SIZES = (32, 64, 128, 256)
 _BLOCK = {"tinygemm": 8, "cpu-AVX512": 64, "cpu-AVX2": 32}  # rows that a tile holds
 # Up to so many rows torch's kernel is used; above, the weight is dequantized and multiplied in float.
 _FEW = {"cuda": 64, "cpu": 4}
+_ROWS_AT_ONCE = 4096  # tiled at a time: a multiple of every block
 
 
 def tiling_for(weight: Int4Tensor) -> str | None:
@@ -76,7 +78,6 @@ def tile(
     """
     (n, k), groups = codes.shape, scale.shape[1]
     more_rows = -n % _BLOCK[tiling]
-    codes = F.pad(codes, (0, groups * group_size - k, 0, more_rows), value=MIDDLE)
     if zero is None:
         middle = torch.zeros_like(scale)
     elif zero.is_floating_point():
@@ -84,7 +85,8 @@ def tile(
     else:  # (q - zero) * scale == (q - 8) * scale + (8 - zero) * scale
         middle = ((MIDDLE - zero.float()) * scale.float()).to(scale.dtype)
     both = F.pad(torch.stack((scale, middle), -1), (0, 0, 0, 0, 0, more_rows))  # [N, G, 2]
-    tiles = _tinygemm(codes) if tiling == "tinygemm" else _cpu(codes, _BLOCK[tiling])
+    filled = F.pad(codes, (0, groups * group_size - k, 0, more_rows), value=MIDDLE)
+    tiles = _tinygemm(filled) if tiling == "tinygemm" else _cpu(filled, _BLOCK[tiling])
     return tiles, both.transpose(0, 1).contiguous()
 
 
@@ -107,6 +109,44 @@ def untile(
     elif zero_point == "integer":  # the midpoint was rounded by at most 2 ** -9 of 8 steps
         zero = (MIDDLE - middle.float() / scale.float()).round_().clamp_(0, 15).to(torch.uint8)
     return codes[:n, :k].contiguous(), scale, zero
+
+
+def tile_packed(
+    packed: Tensor, scale: Tensor, zero: Tensor | None, columns: int, group_size: int, tiling: str
+) -> tuple[Tensor, Tensor]:
+    """:func:`tile` for codes packed two to a byte ``[N, ceil(K / 2)]``, some rows at a time."""
+    parts = []
+    for start in range(0, packed.shape[0], _ROWS_AT_ONCE):
+        rows = slice(start, start + _ROWS_AT_ONCE)
+        codes = pack.unpack(packed[rows], bits=4, columns=columns)
+        parts.append(tile(codes, scale[rows], None if zero is None else zero[rows], group_size, tiling))
+    return torch.cat([tiles for tiles, _ in parts]), torch.cat([both for _, both in parts], 1)
+
+
+def untile_packed(
+    tiles: Tensor,
+    scale_and_zero: Tensor,
+    shape: tuple[int, int],
+    group_size: int,
+    zero_point: ZeroPoint,
+    tiling: str,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The inverse of :func:`tile_packed`."""
+    n, k = shape
+    rows_a_tile = scale_and_zero.shape[1] // tiles.shape[0]
+    parts = []
+    for start in range(0, n, _ROWS_AT_ONCE):
+        stop = start + _ROWS_AT_ONCE
+        some, both = tiles[start // rows_a_tile : stop // rows_a_tile], scale_and_zero[:, start:stop]
+        rows = (min(n, stop) - start, k)
+        codes, scale, zero = untile(some, both, rows, group_size, zero_point, tiling)
+        parts.append((pack.pack(codes, bits=4), scale, zero))
+    zeros = [zero for _, _, zero in parts if zero is not None]
+    return (
+        torch.cat([packed for packed, _, _ in parts]),
+        torch.cat([scale for _, scale, _ in parts]),
+        torch.cat(zeros) if zeros else None,
+    )
 
 
 def take_rows(
@@ -164,8 +204,9 @@ def _dequantized(
     group_size, zero_point, tiling = options
     shape = (rows, x.shape[-1])
     codes, scale, zero = untile(tiles, scale_and_zero, shape, group_size, zero_point, tiling)
-    packed = pack.pack(codes, bits=4)
-    return dequantize_int4(packed, scale, zero, columns=shape[1], group_size=group_size, dtype=dtype)
+    scale = affine.expand_groups(scale, shape[1], group_size)
+    zero = None if zero is None else affine.expand_groups(zero, shape[1], group_size)
+    return ranges.decode(codes, scale, zero).to(dtype)
 
 
 def tiled_linear_reference(

@@ -110,7 +110,7 @@ class QuantizedTensor(torch.Tensor):
 
     def rows(self, index: torch.Tensor) -> QuantizedTensor:
         """Rows ``index`` (integers ``[R]``) along the first dimension: what an embedding looks up."""
-        return self[index]
+        return self[index]  # type: ignore[return-value]
 
     def portable(self) -> QuantizedTensor:
         """The same weight in a layout that every device can read: what a checkpoint holds.
