@@ -65,7 +65,8 @@ def ao_register_algorithms() -> Sequence[type[Algorithm]]:
     """Algorithms: what needs calibration data.
 
     Returns:
-        Classes with a ``name`` and ``run(model, plan, batches) -> Report``.
+        Classes with a ``name`` and ``run(model, plan, batches) -> Report``, such as subclasses of
+        :class:`ao_core.BlockAlgorithm`.
     """
     raise NotImplementedError("a hookspec has no body")
 

@@ -39,6 +39,8 @@ class Placement:
         self.home = next(iter(found), torch.device("cpu"))
         # An empty tensor knows that "cuda" is "cuda:0".
         self.device = self.home if device is None else torch.empty(0, device=device).device
+        if self.device.type == "meta":
+            raise OptionError("device='meta' holds no values, and blocks can't run there. Try cpu or cuda.")
         self.moves = self.device != self.home
 
     @contextmanager

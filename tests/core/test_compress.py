@@ -1,0 +1,315 @@
+"""From algorithms and batches to a compressed model: who takes turns, what is said, what is put back."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ao_core as ao
+from ao_core import plugins, registry
+from ao_core.algorithm import ALGORITHMS
+from ao_core.calibrate import SquaredNorm
+
+SOURCE = registry.Source("tests", "tests", "1")
+SCHEME = "int8-weight-only"
+pytestmark = pytest.mark.usefixtures("plain_environment")
+LOG: list[tuple[str, str]] = []
+
+
+@dataclass(frozen=True)
+class Halve(ao.BlockAlgorithm):
+    """Halves the weights it is told to, and notes what they saw."""
+
+    name: ClassVar[str] = "halve"
+    only: str = ""
+    fail: str = ""
+
+    def visit(self, stage):
+        LOG.append((self.name, stage.name))
+        for name, (norm,) in stage.collect(SquaredNorm).items():
+            if self.only in name:
+                stage.replace(name, stage.weight(name) / 2)
+                stage.note(name, norm=float(norm.value.sum()))
+        if self.fail and self.fail == stage.name:
+            raise RuntimeError("it failed")
+
+
+@dataclass(frozen=True)
+class Quantize(ao.BlockAlgorithm):
+    """Quantizes weights ending in ``only`` itself, with a scheme of its own."""
+
+    name: ClassVar[str] = "quantize"
+    only: str = "up"
+    scheme: str | None = None
+
+    def visit(self, stage):
+        LOG.append((self.name, stage.name))
+        for name in stage.layers:
+            if name.endswith(self.only):
+                stage.replace(name, stage.schemes[name].quantize(stage.weight(name).round(decimals=2)))
+
+    def rejects(self, scheme):
+        return "it needs a scheme" if scheme is None else None
+
+
+class Alone:
+    """An algorithm that walks no blocks."""
+
+    name = "alone"
+
+    def run(self, model, plan, batches):
+        return (plan, batches)
+
+
+@pytest.fixture(autouse=True)
+def _algorithms():
+    plugins.load()
+    for kind in (Halve, Quantize, Alone):
+        ALGORITHMS.add(kind.name, kind, SOURCE)
+    LOG.clear()
+    yield
+    plugins.reset()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(17, 23), nn.Linear(23, 17)
+
+    def forward(self, x):
+        return x + self.down(torch.relu(self.up(x)))
+
+
+def make(blocks=2):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 17), nn.Sequential(*[Block() for _ in range(blocks)]), nn.Linear(17, 3))
+
+
+def data():
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(3, 5, generator=generator), torch.randn(1, 5, generator=generator)]
+
+
+LAYERS = {"0", "1.0.up", "1.0.down", "1.1.up", "1.1.down", "2"}
+
+
+def test_algorithms_take_turns_on_each_block():
+    """One walk: each sees the block as those before it left it, and the next block sees the result."""
+    model = make()
+    report = ao.compress_(model, ["halve:only=up", Halve(only="1.1.up")], data(), scheme=SCHEME)
+    assert LOG == [("halve", "1.0")] * 2 + [("halve", "1.1")] * 2 + [("halve", "")] * 2
+    reference = make()
+    for name in ("0", "1.0.up", "1.1.up", "1.1.up"):
+        if name != "0":
+            reference.get_submodule(name).weight.data /= 2
+    ao.quantize_(reference, SCHEME)
+    for name in LAYERS:
+        mine, theirs = model.get_submodule(name).weight, reference.get_submodule(name).weight
+        assert torch.equal(mine.dequantize(), theirs.dequantize()), name
+    assert report.converted == dict.fromkeys(LAYERS, SCHEME)
+    assert report.notes["1.0.up"]["tokens"] == 4
+    with torch.no_grad():
+        x = torch.cat([model[1][0](model[0](batch)) for batch in data()])
+    # ... of the float layer 0: layers outside the blocks come last
+    float_first = make()[0]
+    with torch.no_grad():
+        x = torch.cat([model[1][0](float_first(batch)) for batch in data()])
+    assert report.notes["1.1.up"]["norm"] == pytest.approx(float(x.square().sum()), rel=1e-5)
+
+
+def test_the_report():
+    model = make()
+    before = ao.model_bytes(model).total
+    report = ao.compress_(model, "halve", data(), scheme=SCHEME, exclude=["1.0.*", "2"])
+    assert isinstance(report, ao.CompressReport) and isinstance(report, ao.Report)
+    assert set(report.converted) == {"0", "1.1.up", "1.1.down"}
+    assert report.skipped["2"] == "excluded by rule '2'"
+    weights = [model[0].weight, model[1][1].up.weight, model[1][1].down.weight]
+    assert report.converted_bytes_before == 4 * sum(weight.numel() for weight in weights)
+    assert report.converted_bytes_after == sum(map(ao.stored_bytes, weights))
+    assert (report.bytes_before, report.bytes_after) == (before, ao.model_bytes(model).total)
+    assert report.walk == "2 blocks of 1 in turn, then 1 layers outside them"
+    assert "calibrated 2 blocks" in str(report)
+    found = report.to_dict()
+    assert found["notes"]["1.1.up"]["tokens"] == 4 and found["walk"] == report.walk
+    assert report.plan.layers["1.1.up"].evidence["tokens"] == 4
+    assert ao.Plan.from_json(report.plan.to_json()).layers == report.plan.layers
+
+
+def test_what_an_algorithm_quantized_is_left_alone():
+    model = make()
+    report = ao.compress_(model, "quantize:scheme=int8-dynamic", data())
+    assert report.converted == dict.fromkeys(LAYERS, "int8-dynamic")
+    weight = make()[1][0].up.weight
+    expected = ao.parse_scheme("int8-dynamic").quantize(weight.round(decimals=2))
+    assert torch.equal(model[1][0].up.weight.codes, expected.codes)
+
+
+def test_a_scheme_with_options_inside_an_algorithm():
+    report = ao.compress_(make(), "quantize:scheme=(int8-weight-only:group_size=8)", data())
+    assert set(report.converted.values()) == {"int8-weight-only:group_size=8"}
+
+
+def test_without_a_scheme_weights_stay_in_float():
+    model = make()
+    report = ao.compress_(model, "halve", data(), include="1.*", exclude="*.down")
+    assert report.converted == {}
+    assert report.skipped["1.0.up"] == "no scheme was given: it stays in float"
+    assert report.skipped["1.0.down"] == "excluded by rule '*.down'"
+    assert report.skipped["0"] == "no rule matches it"
+    assert torch.equal(model[1][1].up.weight, make()[1][1].up.weight / 2)
+    assert torch.equal(model[1][1].down.weight, make()[1][1].down.weight)
+
+
+def test_rules_and_plans():
+    rules = [ao.Rule("*.up", SCHEME), ao.Rule("1.*", "int8-dynamic")]
+    report = ao.compress_(make(), "halve", data(), scheme=rules)
+    assert report.converted == {
+        **dict.fromkeys(("1.0.up", "1.1.up"), SCHEME),
+        **dict.fromkeys(("1.0.down", "1.1.down"), "int8-dynamic"),
+    }
+    plan = ao.resolve(make(), rules)
+    assert ao.compress_(make(), "halve", data(), scheme=plan).converted == report.converted
+    assert Halve().run(make(), plan, data()).converted == report.converted
+
+
+def test_a_pinned_provider_is_kept():
+    report = ao.compress_(make(), "halve", data(), scheme=[ao.Rule("*.up", SCHEME, provider="reference")])
+    assert report.plan.layers["1.0.up"].provider == "reference"
+
+
+def test_convolutions_and_embeddings_that_a_rule_names():
+    model = nn.Sequential(nn.Conv2d(3, 4, 2), nn.Flatten(), nn.Linear(36, 7)).eval()
+    x = torch.randn(2, 3, 4, 4)
+    before = model(x).detach()
+    report = ao.compress_(model, "halve:only=nothing", [x], scheme=SCHEME, include=["0", "2"])
+    assert set(report.converted) == {"0", "2"}
+    assert ao.sqnr(before, model(x)) > 30
+
+
+def test_tied_weights_stay_tied():
+    model = make()
+    model[1][1].up.weight = model[1][0].up.weight
+    ao.compress_(model, "halve", data(), scheme=SCHEME)
+    assert model[1][1].up.weight is model[1][0].up.weight
+    assert isinstance(model[1][0].up.weight, ao.QuantizedTensor)
+
+
+@pytest.mark.parametrize("stop", ["1.0", "1.1", ""])
+def test_an_error_leaves_the_model_as_it_was(stop):
+    model = make()
+    before, state = dict(model.named_parameters()), {n: t.clone() for n, t in model.state_dict().items()}
+    with pytest.raises(RuntimeError, match="it failed"):
+        ao.compress_(model, ["halve", Halve(fail=stop or "?")], data(), scheme=SCHEME) if stop else (
+            ao.compress_(model, ["halve", LateError()], data(), scheme=SCHEME)
+        )
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name]
+        assert torch.equal(parameter, state[name])
+    assert model.training
+
+
+class LateError(ao.BlockAlgorithm):
+    name = "late"
+
+    def visit(self, stage):
+        if not stage.name:
+            raise RuntimeError("it failed")
+
+
+def test_a_weight_that_becomes_infinite_is_refused():
+    model = make()
+
+    class Burst(ao.BlockAlgorithm):
+        name = "burst"
+
+        def visit(self, stage):
+            if stage.name == "1.1":
+                stage.replace("1.1.up", stage.weight("1.1.up") * torch.inf)
+
+    with pytest.raises(ao.RejectedError, match="NaN or infinite"):
+        ao.compress_(model, Burst(), data(), scheme=SCHEME)
+    assert torch.equal(model[1][0].up.weight, make()[1][0].up.weight)
+
+
+def test_an_algorithm_that_takes_the_whole_model():
+    plan, batches = ao.compress_(make(), "alone", iter(data()), scheme=SCHEME)
+    assert plan.layers["0"].scheme == SCHEME and len(batches) == 2
+    with pytest.raises(ao.OptionError, match=r"'alone' takes the whole model for itself.*not with halve"):
+        ao.compress_(make(), ["halve", "alone"], data(), scheme=SCHEME)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "words"),
+    [
+        ({"algorithms": []}, ao.OptionError, "no algorithm was given"),
+        ({"algorithms": "havle"}, ao.UnknownNameError, r"unknown algorithm 'havle'. Did you mean 'halve'"),
+        ({"algorithms": "halve:size=3"}, ao.OptionError, r"'halve' has no option 'size'; it has only, fail"),
+        ({"algorithms": "alone:size=3"}, ao.OptionError, r"'alone' has no option 'size'; it has none"),
+        ({"algorithms": "halve:only"}, ao.OptionError, "'only' has no '='"),
+        ({"batches": []}, ao.OptionError, "the list of batches is empty"),
+        ({"scheme": "int9"}, ao.UnknownNameError, "unknown scheme 'int9'"),
+        ({"include": "9*"}, ao.PlanError, "rule '9\\*' matches none"),
+        ({"scheme": None, "include": "9*"}, ao.PlanError, "rule '9\\*' matches none"),
+        ({"scheme": None, "algorithms": "quantize"}, ao.OptionError, "quantize can't be applied: it needs"),
+        ({"algorithms": "quantize:scheme=int8-dynamic"}, ao.OptionError, "several schemes were given"),
+        ({"scheme": [ao.Rule("*", SCHEME)], "include": "0"}, ao.PlanError, "takes no options, include"),
+        ({"scheme": "plan", "exclude": "0"}, ao.OptionError, "a plan takes no include or exclude"),
+        ({"device": "meta"}, ao.OptionError, "device='meta' holds no values"),
+    ],
+)
+def test_what_is_refused_before_anything_changes(call, error, words):
+    model = make()
+    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
+    given = {"algorithms": "halve", "batches": data(), "scheme": SCHEME, **call}
+    if given["scheme"] == "plan":
+        given["scheme"] = ao.resolve(model, [ao.Rule("*", SCHEME)])
+    with pytest.raises(error, match=words):
+        ao.compress_(model, **given)
+    assert LOG == []
+    for name, parameter in model.named_parameters():
+        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
+
+
+def test_a_damaged_weight_is_refused_before_anything_changes():
+    model = make()
+    model[1][1].down.weight.data[2, 3] = torch.nan
+    with pytest.raises(ao.RejectedError, match=r"layer '1.1.down'.*1 of its 391 values"):
+        ao.compress_(model, "halve", data(), scheme=SCHEME)
+    assert LOG == []
+
+
+def test_names_and_texts():
+    assert ao.algorithms()["halve"] is Halve
+    assert ao.parse_algorithm("halve:only=up", fail="x") == Halve(only="up", fail="x")
+    made = Halve()
+    assert ao.parse_algorithm(made) is made
+
+
+def test_layers_that_see_no_data():
+    """They are quantized as without data, and the report says that they saw none."""
+
+    class Unused(Block):
+        def __init__(self):
+            super().__init__()
+            self.spare = nn.Linear(17, 17)
+
+    model = nn.Sequential(Unused(), Unused())
+    report = ao.compress_(model, "halve:only=up", [torch.randn(4, 17)], scheme=SCHEME)
+    assert report.notes["0.spare"]["tokens"] == 0
+    assert report.converted["0.spare"] == SCHEME
+
+
+def test_the_output_is_that_of_the_scheme():
+    """With an algorithm that does nothing, compress_ is quantize_."""
+    model, reference = make(), make()
+    ao.compress_(model, "halve:only=nothing", data(), scheme="int8-dynamic")
+    ao.quantize_(reference, "int8-dynamic")
+    x = torch.randn(6, 5)
+    assert torch.equal(model(x), reference(x))
+    assert F.mse_loss(model(x), make()(x)) > 0

@@ -1,0 +1,134 @@
+"""``ao compress`` on a real, tiny language model: what it saves, what it says, what it refuses."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import ao_core as ao
+from ao_core.cli import main
+from ao_core.models import tokenize_file
+
+transformers = pytest.importorskip("transformers", reason="needs the extra ao-core[hf]")
+pytestmark = pytest.mark.usefixtures("plain_environment")
+
+SCHEME, LETTERS = "int8-dynamic", "abcdefghijklmnopqrstuvwxyz"
+SMOOTH = ("--algorithm", "smoothquant", "--scheme", SCHEME)
+
+
+@pytest.fixture
+def run(capsys):
+    """Run a command line in this process: its exit code, standard output and standard error."""
+
+    def run(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    root = tmp_path_factory.mktemp("models")
+    words = ["<unk>", *LETTERS]
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=len(words),
+        hidden_size=36,
+        intermediate_size=63,
+        num_hidden_layers=2,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        tie_word_embeddings=False,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(root / "model")
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
+    tokenizer.save_pretrained(root / "model")
+    letters = torch.randint(0, 26, (300,), generator=torch.Generator().manual_seed(1))
+    (root / "text.txt").write_text(" ".join(LETTERS[i] for i in letters))
+    (root / "short.txt").write_text("a b c")
+    (root / "blank.txt").write_text(" \n")
+    return SimpleNamespace(root=root, model=root / "model", text=root / "text.txt", tokenizer=tokenizer)
+
+
+def test_it_saves_what_compress_makes(run, places, tmp_path):
+    """The first windows of the text, in order; the saved model is that of ``compress_``, to the last bit."""
+    out = tmp_path / "out"
+    text = ("--calibration", places.text, "--samples", 3, "--context", 32)
+    done = run("compress", places.model, *SMOOTH, *text, "-o", out, "--exclude", "lm_head")
+    assert done.code == 0, done.err
+    assert "layers converted 14" in [" ".join(line.split()) for line in done.out.splitlines()]
+    assert "calibrated 2 blocks of model.layers in turn on 3 windows of 32 tokens" in done.err
+    model = transformers.LlamaForCausalLM.from_pretrained(places.model).eval()
+    tokens = tokenize_file(places.text, places.tokenizer)
+    batches = list(tokens[:96].view(3, 1, 32))
+    ao.compress_(model, "smoothquant", batches, scheme=SCHEME, exclude="lm_head")
+    saved = ao.load(out)
+    with torch.no_grad():
+        assert torch.equal(saved(tokens[None]).logits, model(tokens[None]).logits)
+
+
+def test_json_is_the_report(run, places, tmp_path):
+    text = ("--calibration", places.text, "--samples", 2, "--context", 16)
+    done = run("compress", places.model, *SMOOTH, *text, "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert found["algorithms"] == ["smoothquant"] and found["scheme"] == SCHEME
+    assert (found["samples"], found["context"]) == (2, 16)
+    assert found["converted"]["lm_head"] == SCHEME
+    note = found["notes"]["model.layers.0.self_attn.q_proj"]
+    assert note["tokens"] == 32
+    assert note["smoothquant"] == "folded into model.layers.0.input_layernorm"
+    assert "calibrating" in done.err
+
+
+def test_fewer_windows_than_asked_for_is_said(run, places, tmp_path):
+    text = ("--calibration", places.text, "--context", 64)
+    done = run("compress", places.model, *SMOOTH, *text, "-o", tmp_path / "out")
+    assert done.code == 0, done.err
+    assert "holds 4 windows of 64 tokens; 128 were asked for" in done.err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (("--algorithm", "smoothqant", "--scheme", SCHEME), "unknown algorithm 'smoothqant'. Did you mean"),
+        (("--algorithm", "smoothquant:beta=1", "--scheme", SCHEME), "has no option 'beta'"),
+        (("--algorithm", "smoothquant", "--scheme", "int9"), "unknown scheme 'int9'"),
+        (("--algorithm", "smoothquant"), "it needs a scheme that quantizes activations"),
+        (
+            (*SMOOTH, "--calibration", "{root}/short.txt"),
+            "short.txt holds 3 tokens, fewer than one window of 64",
+        ),
+        ((*SMOOTH, "--calibration", "{root}/blank.txt"), "blank.txt holds no text"),
+        ((*SMOOTH, "--calibration", "{root}/none.txt"), "there is no text file"),
+        ((*SMOOTH, "--include", "nothing*"), "rule 'nothing*' matches none"),
+        ((*SMOOTH, "--device", "tpu9"), "can't be used"),
+        ((*SMOOTH, "--dtype", "int7"), "--dtype takes float32"),
+    ],
+)
+def test_what_is_refused(run, places, tmp_path, options, words):
+    """With exit code 1, and nothing is written."""
+    given = [option.format(root=places.root) for option in options]
+    if "--calibration" not in given:
+        given += ["--calibration", str(places.text)]
+    done = run("compress", places.model, *given, "--context", 64, "-o", tmp_path / "out")
+    assert done.code == 1
+    assert words in " ".join(done.err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_wrong_usage(run, places, tmp_path):
+    assert run("compress", places.model, *SMOOTH, "-o", tmp_path / "out").code == 2
+    assert run("compress", places.model, "--calibration", places.text, "-o", tmp_path / "out").code == 2
