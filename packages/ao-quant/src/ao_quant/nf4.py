@@ -1,9 +1,9 @@
 """NF4 weights: 16 levels at the quantiles of a normal distribution, scaled by block (arXiv:2305.14314).
 
-With double quantization a block's absmax is stored in a byte, as a code of its fourth root. Absmax values of
-a row differ by orders of magnitude where it holds outliers, and their fourth roots far less: beside an
-outlier 1000 times larger, no block's absmax is off by more than 4 %. Linear codes would round those of the
-other blocks to zero there. Decoding takes two multiplications.
+With double quantization a block's absmax is stored in a byte, as a code of its fourth root. The absmax of
+blocks differ by orders of magnitude where a row holds outliers, and their fourth roots far less: beside an
+outlier 1000 times larger a block's absmax is off by 4 % at most and by 2 % in the mean, where codes spaced
+evenly would give all other blocks the same one. Undoing the root takes two multiplications.
 """
 
 from __future__ import annotations
@@ -187,7 +187,7 @@ def compress_absmax(
     high = grouped.amax(-1)
     low = torch.where(grouped > 0, grouped, high.unsqueeze(-1)).amin(-1)
     offset, step = low.float(), ((high - low) / 255).float()
-    above = grouped - offset.double().unsqueeze(-1)
+    above = grouped - low.unsqueeze(-1)
     spread = step.double().clamp_min(torch.finfo(torch.float32).tiny).unsqueeze(-1)
     codes = (above / spread).round_().clamp_(0, 255)
     return codes.to(torch.uint8).flatten(-2)[..., :blocks].contiguous(), offset, step
