@@ -60,7 +60,8 @@ class Layer:
         made = scheme.quantize(self.matrix, provider=provider)
         if self.kind != "convolution":
             return made
-        return ConvWeight(made, shape=self.weight.shape, dtype=made.dtype, scheme=made.scheme)
+        weight = ConvWeight(made, shape=self.weight.shape, dtype=made.dtype, scheme=made.scheme)
+        return weight.repacked()
 
 
 @dataclass

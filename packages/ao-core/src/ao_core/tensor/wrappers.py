@@ -91,6 +91,10 @@ class ConvWeight(_Wrapper):
         """The base's values in the convolution's shape."""
         return self.base.dequantize().reshape(self.shape)
 
+    def repacked(self) -> ConvWeight:
+        """With a portable base: it is only ever dequantized."""
+        return self.portable()
+
 
 WRAPPERS: dict[str, type[QuantizedTensor]] = {kind.__name__: kind for kind in (InputScaledTensor, ConvWeight)}
 """The classes a checkpoint may hold around a scheme's own."""
