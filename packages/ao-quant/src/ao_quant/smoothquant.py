@@ -128,7 +128,8 @@ class SmoothQuant(BlockAlgorithm):
         # that one is smoothed.
         folder = Folder(stage) if names else None
         for group in reversed(stage.groups):
-            if folder and (members := [name for name in group if name in names]):
+            members = [name for name in group if name in names and inputs[name][0].tokens]
+            if members and folder:
                 self._smooth(stage, members, inputs[members[0]][0], folder)
         for name in names:
             if not inputs[name][0].tokens:

@@ -125,7 +125,7 @@ def _producers(
 def _owned(stage: Stage, module: nn.Module, columns: int) -> bool:
     """Whether all parameters have ``columns`` rows, are in float, and belong to this module alone."""
     own = list(module.parameters(recurse=False))
-    return _is_plain(module) and all(stage.owns(each) and each.shape[0] == columns for each in own)
+    return _is_plain(module) and all(stage.owns(each) and each.shape[:1] == (columns,) for each in own)
 
 
 def _is_plain(module: nn.Module) -> bool:

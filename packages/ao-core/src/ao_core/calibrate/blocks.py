@@ -106,6 +106,7 @@ class _Watch:
         self._order: list[int] = []
         self._last: tuple[torch.Tensor, int] | None = None  # a block's result, and its version
         self._others: list[torch.Tensor] = []  # what else blocks returned
+        self._first: set[int | str] = set()  # the arguments of the first block
         self._slots: set[int | str] = set()
         self._outputs: set[int | None] = set()
         self._reason = ""
@@ -118,6 +119,8 @@ class _Watch:
                 tensor is other for tensor in tensors([value for _, value in given]) for other in self._others
             ):
                 self._refuse(f"{self._names[index]} takes more than the result of the block before it")
+            if index == 0:
+                self._first = {key for key, _ in given}
             if self._last is not None:
                 result, version = self._last
                 slots = [key for key, value in given if value is result]
@@ -145,7 +148,7 @@ class _Watch:
     def chain(self) -> Chain:
         if self._order != list(range(len(self._names))):
             raise NoBlocks(f"{self._names[0]} to {self._names[-1]} are not called once each, in order")
-        if self._reason or len(self._slots) != 1 or len(self._outputs) != 1:
+        if self._reason or len(self._slots) != 1 or len(self._outputs) != 1 or not self._slots <= self._first:
             raise NoBlocks(self._reason or "its blocks take or return values in different ways")
         return Chain(self._slots.pop(), self._outputs.pop())
 

@@ -120,6 +120,8 @@ class Stage:
             ModelError: a layer saw NaN or infinity.
         """
         wanted = list(self.layers if names is None else names)
+        if not wanted:
+            return {}
         leaders = {name: self._leader(name, wanted) for name in wanted}
         weights = {name: self._layers[name].weight for name in dict.fromkeys(leaders.values())}
         found = {
@@ -151,7 +153,8 @@ class Stage:
             weight = _input_scaled(weight, scale)
         elif scale is not None:
             weight = (weight.float() * scale).to(weight.dtype)
-        parameter = nn.Parameter(weight, requires_grad=False)
+        trains = layer.weight.requires_grad and not isinstance(weight, QuantizedTensor)
+        parameter = nn.Parameter(weight, requires_grad=trains)
         for module, attribute in layer.owners:
             self._journal.exchange(module, attribute, parameter)
 
