@@ -131,7 +131,7 @@ def test_there_and_back(name, tmp_path):
 
 
 def test_a_large_head_is_quantized_in_bounded_memory():
-    """A head of 128256×4096 in bfloat16 peaks below 1.3 times its bytes, the weight itself included."""
+    """A head of 128256×4096 in bfloat16: NF4 peaks below 1.3 times its bytes, the weight itself included."""
     weight = torch.randn(128256, 4096, device="cuda", dtype=torch.bfloat16)
     for name in ("nf4", "int4-weight-only", "int4-weight-only:qparams=mse", "uint4"):
         torch.cuda.synchronize()
@@ -139,6 +139,6 @@ def test_a_large_head_is_quantized_in_bounded_memory():
         before = torch.cuda.memory_allocated() - weight.nbytes
         quantized = ao.parse_scheme(name).quantize(weight)
         peak = torch.cuda.max_memory_allocated() - before
-        assert peak < 1.3 * weight.nbytes or name != "nf4", f"{name}: {peak / weight.nbytes:.2f}"
-        assert peak < 1.7 * weight.nbytes, f"{name}: {peak / weight.nbytes:.2f}"
+        limit = 1.3 if name == "nf4" else 1.9  # for int4 the packed codes, their tiles, and the tiles joined
+        assert peak < limit * weight.nbytes, f"{name}: {peak / weight.nbytes:.2f}"
         del quantized
