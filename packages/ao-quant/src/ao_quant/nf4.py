@@ -136,7 +136,7 @@ class Nf4(Scheme):
             else (qparams["absmax"], None, None)
         )
         flat = codes.reshape(-1, codes.shape[-1])  # [R, K]
-        packed = flat.new_empty(flat.shape[0], -(-codes.shape[-1] // 2))
+        packed = flat.new_empty(flat.shape[0], -(-codes.shape[-1] // 2), dtype=torch.uint8)
         for rows in _parts(flat):
             packed[rows] = pack.pack(flat[rows], bits=4)
         return Nf4Tensor(
