@@ -27,7 +27,17 @@ def model():
 
 
 @pytest.mark.parametrize("mode", ["eager", "compiled"])
-@pytest.mark.parametrize("scheme", ["int8-weight-only", "int8-dynamic"])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        "int8-weight-only",
+        "int8-dynamic",
+        "int4-weight-only",
+        "int8-dynamic-int4-weight",
+        "nf4",
+        "float8-weight-only",
+    ],
+)
 def test_decode(benchmark, model, scheme, mode):
     quantized = copy.deepcopy(model)
     ao.quantize_(quantized, scheme)
@@ -35,7 +45,10 @@ def test_decode(benchmark, model, scheme, mode):
     runs = [_decoder(each, compiled=mode == "compiled") for each in (model, quantized)]
     with torch.no_grad():
         first, second = (run() for run in runs)
-        assert ao.sqnr(first.double(), second.double()) > 15
+        # Random weights: 4 bits leave little more than 10 dB after 30 layers.
+        assert ao.sqnr(first.double(), second.double()) > (
+            15 if "8" in scheme and "int4" not in scheme else 5
+        )
         float_s, quantized_s = interleaved(*runs, rounds=5)
         benchmark.group = f"decode, SmolLM2-135M shape, bfloat16, {mode}"
         benchmark.extra_info["float_tokens_per_s"] = STEPS / float_s
