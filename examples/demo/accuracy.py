@@ -62,16 +62,21 @@ def main(
     results: Annotated[Path, typer.Option(help="JSON of the results; added to.")] = Path("accuracy.json"),
     only: Annotated[str, typer.Option(help="Measure only what holds this text.")] = "",
     seed: Annotated[int, typer.Option(help="Of the re-parametrization.")] = 0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Measure every scheme of the tables, and show them."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     done = json.loads(results.read_text("utf-8")) if results.is_file() else {"language": {}, "encoder": {}}
-    done |= {"command": "hatch run demo:accuracy --results FILE", "fingerprint": fingerprint(), "seed": seed}
+    done |= {
+        "command": "hatch run demo:accuracy --results FILE",
+        "fingerprint": fingerprint(device),
+        "seed": seed,
+    }
     for kind, names, opener in (("language", LANGUAGE, _language), ("encoder", ENCODER, _encoder)):
         missing = [name for name in names if name not in done[kind] and only in name]
         if not missing:
             continue
-        measure = opener(seed)
+        measure = opener(seed, device)
         for name in track(missing, description=kind, console=Console(stderr=True)):
             done[kind][name] = measure(name)
             temporary = results.with_suffix(".tmp")
@@ -80,17 +85,18 @@ def main(
     _show(done)
 
 
-def _language(seed: int) -> Callable[[str], dict[str, Any]]:
+def _language(seed: int, device: str) -> Callable[[str], dict[str, Any]]:
     """SmolLM2-135M in float32: perplexity of a scheme, and how far it is from float."""
     loaded = ao.load_model(str(smollm2_gguf()), dtype=torch.float32)
     reparametrize_(loaded.model, seed=seed)
+    loaded.model.to(device)
     text = wiki_text("evaluation")[: TOKENS * 8]
     tokens = torch.tensor(loaded.tokenizer(text, verbose=False)["input_ids"][:TOKENS])
     reference = metrics.perplexity(loaded.model, tokens, context=CONTEXT)
 
     def measure(name: str) -> dict[str, Any]:
         model = copy.deepcopy(loaded.model)
-        report = _convert(model, name, lambda: _calibration(loaded.tokenizer))
+        report = _convert(model, name, lambda: _calibration(loaded.tokenizer, device))
         score = metrics.perplexity(model, tokens, context=CONTEXT)
         delta = metrics.delta_nll(reference, score)
         return {"perplexity": score.perplexity, "delta_nll": delta.mean, "delta_nll_se": delta.se, **report}
@@ -98,19 +104,19 @@ def _language(seed: int) -> Callable[[str], dict[str, Any]]:
     return measure
 
 
-def _calibration(tokenizer: Any) -> list[torch.Tensor]:
+def _calibration(tokenizer: Any, device: str) -> list[torch.Tensor]:
     text = wiki_text("calibration")[: SAMPLES * CONTEXT * 8]
     ids = torch.tensor(tokenizer(text, verbose=False)["input_ids"][: SAMPLES * CONTEXT])
-    return list(ids.view(-1, 8, CONTEXT))
+    return list(ids.view(-1, 8, CONTEXT).to(device))
 
 
-def _encoder(seed: int) -> Callable[[str], dict[str, Any]]:
+def _encoder(seed: int, device: str) -> Callable[[str], dict[str, Any]]:
     """MiniLM-L6: cosine to the float embedding, and how many titles find their article among 1,000."""
     import transformers
 
     directory = str(minilm_directory())
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
-    model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    model = transformers.AutoModel.from_pretrained(directory, dtype=torch.float32).eval().to(device)
     articles = wiki_articles("evaluation")[:1000]
     texts = [title for title, _ in articles] + [extract for _, extract in articles]
 
@@ -120,7 +126,7 @@ def _encoder(seed: int) -> Callable[[str], dict[str, Any]]:
         for start in range(0, len(texts), 64):
             batch = tokenizer(
                 texts[start : start + 64], padding=True, truncation=True, max_length=128, return_tensors="pt"
-            )
+            ).to(device)
             hidden = network(**batch).last_hidden_state
             mask = batch["attention_mask"].unsqueeze(-1)
             parts.append((hidden * mask).sum(1) / mask.sum(1))
@@ -133,7 +139,7 @@ def _encoder(seed: int) -> Callable[[str], dict[str, Any]]:
         report = _convert(network, name, list)
         found = embed(network)
         titles, extracts = found.chunk(2)
-        hits = (titles @ extracts.t()).argmax(-1) == torch.arange(len(titles))
+        hits = (titles @ extracts.t()).argmax(-1) == torch.arange(len(titles), device=device)
         cosine = (found * reference).sum(-1)
         return {
             "cosine": float(cosine.mean()),
