@@ -63,7 +63,12 @@ class Alone:
     name = "alone"
 
     def run(self, model, plan, batches):
-        return (plan, batches)
+        LOG.append((self.name, f"{len(batches)} batches"))
+        return (
+            ao.apply_(model, plan)
+            if any(c.scheme for c in plan.layers.values())
+            else ao.Report(plan, 1, 1, 0, 0)
+        )
 
 
 @pytest.fixture(autouse=True)
@@ -238,8 +243,12 @@ def test_a_weight_that_becomes_infinite_is_refused():
 
 
 def test_an_algorithm_that_takes_the_whole_model():
-    plan, batches = ao.compress_(make(), "alone", iter(data()), scheme=SCHEME)
-    assert plan.layers["0"].scheme == SCHEME and len(batches) == 2
+    report = ao.compress_(make(), "alone", iter(data()), scheme=SCHEME)
+    assert isinstance(report, ao.CompressReport) and report.walk == "by alone itself"
+    assert report.converted["0"] == SCHEME
+    assert LOG == [("alone", "2 batches")]
+    report = ao.compress_(make(), "alone", data())
+    assert report.skipped["0"] == "no scheme was given: it stays in float"
     with pytest.raises(ao.OptionError, match=r"'alone' takes the whole model for itself.*not with halve"):
         ao.compress_(make(), ["halve", "alone"], data(), scheme=SCHEME)
 

@@ -27,7 +27,7 @@ class Algorithm(Protocol):
     name: ClassVar[str]
 
     def run(self, model: nn.Module, plan: Plan, batches: Iterable[Any]) -> Any:
-        """Compress ``model`` in place along ``plan``, calibrated on ``batches``; returns a report."""
+        """Compress ``model`` in place along ``plan``, calibrated on ``batches``; returns a Report."""
         ...
 
 

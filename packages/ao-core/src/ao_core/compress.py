@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, cast
 
 import torch
@@ -62,7 +62,7 @@ class BlockAlgorithm:
         """
         raise NotImplementedError(f"{type(self).__name__} must define visit()")
 
-    def run(self, model: nn.Module, plan: Plan, batches: Iterable[Any]) -> Report:
+    def run(self, model: nn.Module, plan: Plan, batches: Iterable[Any]) -> CompressReport:
         """Compress ``model`` with this algorithm alone; see :func:`compress_`."""
         return compress_(model, [self], batches, scheme=plan)
 
@@ -77,7 +77,7 @@ def compress_(
     exclude: str | Iterable[str] | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
-) -> Report:
+) -> CompressReport:
     """Compress ``model`` in place, calibrated on ``batches``.
 
     Args:
@@ -94,7 +94,7 @@ def compress_(
         progress: show a progress bar.
 
     Returns:
-        A :class:`CompressReport`; of an algorithm that does not walk blocks, its own report.
+        What was compressed and how, what was left alone and why, and bytes before and after.
 
     Raises:
         UnknownNameError, OptionError: an algorithm or scheme can't be made, or does not go with the
@@ -116,8 +116,8 @@ def compress_(
             f"{', '.join(each.name for each in made if each is not alone[0])}."
         )
     if alone:
-        report: Report = alone[0].run(model, plan, found)
-        return report
+        given = plan if scheme is not None else _outcome(plan, {}, {})
+        return _completed(alone[0].run(model, given, found), alone[0].name)
     return _compress(model, made, found, plan, known, device, progress)  # type: ignore[arg-type]
 
 
@@ -147,13 +147,22 @@ def _compress(
     walk = walker.walk(visit, progress=progress)
     done = {name: it for name, it in layers.items() if isinstance(it.weight, QuantizedTensor)}
     return CompressReport(
-        _outcome(plan, done, walk.notes),
-        before,
-        model_bytes(model).total,
-        sum(old[name] for name in done),
-        sum(stored_bytes(layer.weight) for layer in done.values()),
-        walk.notes,
-        walk.how,
+        plan=_outcome(plan, done, walk.notes),
+        bytes_before=before,
+        bytes_after=model_bytes(model).total,
+        converted_bytes_before=sum(old[name] for name in done),
+        converted_bytes_after=sum(stored_bytes(layer.weight) for layer in done.values()),
+        notes=walk.notes,
+        walk=walk.how,
+    )
+
+
+def _completed(report: Report, name: str) -> CompressReport:
+    """The report of an algorithm that does not walk blocks."""
+    if isinstance(report, CompressReport):
+        return report
+    return CompressReport(
+        **{each.name: getattr(report, each.name) for each in fields(Report)}, walk=f"by {name} itself"
     )
 
 

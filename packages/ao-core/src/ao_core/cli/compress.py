@@ -15,6 +15,8 @@ from ao_core.errors import ModelError
 if TYPE_CHECKING:
     import torch
 
+    from ao_core.compress import CompressReport
+
 
 def compress(
     model: Model,
@@ -55,7 +57,8 @@ def compress(
     if not calibration.is_file():
         raise ModelError(f"there is no text file {calibration}. Give a UTF-8 text with --calibration FILE.")
     output.say(f"loading {model}")
-    loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    where = parse_device(device)
+    loaded = load_model(model, dtype=parse_dtype(dtype))  # on the CPU: one block at a time is brought there
     tokens = tokenize_file(calibration, loaded.tokenizer, max_tokens=samples * context)
     batches = windows(tokens, samples=samples, context=context, source=str(calibration))
     report = compress_(
@@ -65,6 +68,7 @@ def compress(
         scheme=wanted,
         include=include or None,
         exclude=exclude or None,
+        device=where,
         progress=True,
     )
     save(loaded.model, out, plan=report.plan, tokenizer=loaded.tokenizer)
@@ -72,7 +76,7 @@ def compress(
         output.as_json(_data(algorithm, scheme, batches, out, report))
         return
     show_report(report, " + ".join([*algorithm, *([scheme] if scheme else [])]), out)
-    output.say(f"calibrated {getattr(report, 'walk', '')} on {len(batches)} windows of {context} tokens")
+    output.say(f"calibrated {report.walk} on {len(batches)} windows of {context} tokens")
 
 
 def windows(tokens: torch.Tensor, *, samples: int, context: int, source: str) -> list[torch.Tensor]:
@@ -93,7 +97,7 @@ def windows(tokens: torch.Tensor, *, samples: int, context: int, source: str) ->
 
 
 def _data(
-    algorithm: list[str], scheme: str | None, batches: list[torch.Tensor], out: Path, report: Any
+    algorithm: list[str], scheme: str | None, batches: list[torch.Tensor], out: Path, report: CompressReport
 ) -> dict[str, Any]:
     return {
         "algorithms": algorithm,
