@@ -34,16 +34,17 @@ LANGUAGE = (
     "smoothquant > int8-dynamic",
     "float8-weight-only",
     "float8-dynamic",
+    "int4-weight-only:group_size=64,zero_point=integer,qparams=minmax",
     "int4-weight-only:group_size=64,zero_point=integer",
-    "int4-weight-only:group_size=64,zero_point=integer,qparams=mse",
-    "int4-weight-only:group_size=64",
-    "int4-weight-only:group_size=64,qparams=mse",
+    "int4-weight-only:group_size=64,qparams=minmax",
     "int4-weight-only:group_size=64,qparams=hqq",
+    "int4-weight-only:group_size=64",
     "int4-weight-only:group_size=32",
     "int4-weight-only",
     "nf4",
+    "nf4:double_quant=False",
+    "int8-dynamic-int4-weight:qparams=minmax",
     "int8-dynamic-int4-weight",
-    "int8-dynamic-int4-weight:qparams=mse",
     "uint4",
 )
 ENCODER = (
@@ -53,7 +54,7 @@ ENCODER = (
     "float8-weight-only",
     "int4-weight-only:group_size=32",
     "int4-weight-only",
-    "int4-weight-only:qparams=mse",
+    "int4-weight-only:qparams=minmax",
     "nf4",
 )
 

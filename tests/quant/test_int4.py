@@ -39,7 +39,7 @@ def test_the_float_midpoint_is_torchaos():
     weight = weight_of(17, 256, dtype=torch.bfloat16)
     scales, zeros = get_groupwise_affine_qparams(weight, 4, 64)
     codes = groupwise_affine_quantize_tensor_from_qparams(weight, scales, zeros, 4, 64)
-    scheme = ao.parse_scheme("int4-weight-only:group_size=64")
+    scheme = ao.parse_scheme("int4-weight-only:group_size=64,qparams=minmax")
     qparams = scheme.choose_qparams(weight)
     assert torch.equal(qparams["scale"], scales)
     off = (qparams["zero"].float() - zeros.float()).abs()  # ours is made with the rounded scale
@@ -52,7 +52,7 @@ def test_the_float_midpoint_is_torchaos():
 def test_every_value_is_within_half_a_step(zero_point):
     """Against float64, for values within the range that the codes span."""
     weight = weight_of(33, 576)
-    scheme = ao.parse_scheme("int4-weight-only", group_size=64, zero_point=zero_point)
+    scheme = ao.parse_scheme("int4-weight-only", group_size=64, zero_point=zero_point, qparams="minmax")
     quantized = plain(scheme.quantize(weight))
     scale = quantized.scale.double().repeat_interleave(64, 1)
     error = (quantized.dequantize().double() - weight.double()).abs() / scale

@@ -8,11 +8,11 @@ from ao_core.testing import parametrize_kernel_checks, parametrize_scheme_checks
 
 @parametrize_scheme_checks(
     "int4-weight-only",
-    "int4-weight-only:group_size=32,zero_point=integer",
-    "int4-weight-only:group_size=64,zero_point=None,qparams=mse",
+    "int4-weight-only:group_size=32,zero_point=integer,qparams=minmax",
+    "int4-weight-only:group_size=64,zero_point=None",
     "int4-weight-only:group_size=-1,qparams=hqq",
     "int8-dynamic-int4-weight",
-    "int8-dynamic-int4-weight:group_size=256,qparams=mse",
+    "int8-dynamic-int4-weight:group_size=256,qparams=minmax",
     "uint4",
 )
 def test_conformance(check):

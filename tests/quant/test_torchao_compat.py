@@ -60,7 +60,7 @@ def test_every_name_is_there_and_in_the_tables():
         (compat.change_linear_weights_to_int8_dqtensors, "int8-dynamic", 35),
         (compat.apply_weight_only_int8_quant, "int8-weight-only", 40),
         (compat.change_linear_weights_to_int8_woqtensors, "int8-weight-only", 40),
-        (compat.change_linear_weights_to_int4_woqtensors, "int4-weight-only", 15),
+        (compat.change_linear_weights_to_int4_woqtensors, "int4-weight-only:qparams=minmax", 15),
     ],
 )
 def test_the_conversions(convert, scheme, sqnr):
@@ -106,8 +106,8 @@ def test_the_int4_options(groupsize):
 
 def test_the_quantizers_return_the_model():
     for quantizer, scheme in (
-        (compat.Int8DynActInt4WeightQuantizer(groupsize=32), "int8-dynamic-int4-weight"),
-        (compat.Int4WeightOnlyQuantizer(groupsize=64), "int4-weight-only:group_size=64"),
+        (compat.Int8DynActInt4WeightQuantizer(groupsize=32), "int8-dynamic-int4-weight:qparams=minmax"),
+        (compat.Int4WeightOnlyQuantizer(groupsize=64), "int4-weight-only:group_size=64,qparams=minmax"),
     ):
         model = model_of()
         assert quantizer.quantize(model) is model

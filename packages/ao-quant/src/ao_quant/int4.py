@@ -171,8 +171,9 @@ class Int4WeightOnly(_Int4):
         group_size: columns that share a scale: 32, 64, 128, 256, or -1 for the whole row.
         zero_point: ``"float"``, a midpoint in weight units (tinygemm's convention); ``"integer"``, which
             keeps 0 exact; None, symmetric.
-        qparams: how the parameters are found without data: ``"minmax"``, ``"mse"`` (the range with the
-            least squared error) or ``"hqq"`` (half-quadratic; needs the float midpoint).
+        qparams: how the parameters are found without data: ``"mse"`` (the range with the least squared
+            error), ``"minmax"`` (the whole range; quicker) or ``"hqq"`` (half-quadratic; needs the float
+            midpoint).
     """
 
     name: ClassVar[str] = "int4-weight-only"
@@ -183,7 +184,7 @@ class Int4WeightOnly(_Int4):
 
     group_size: int = 128
     zero_point: ZeroPoint = "float"
-    qparams: Method = "minmax"
+    qparams: Method = "mse"
 
     def __post_init__(self) -> None:
         self._checked()
@@ -215,7 +216,7 @@ class Int8DynamicInt4Weight(_Int4):
 
     Attributes:
         group_size: columns that share a scale: 32, 64, 128, 256, or -1 for the whole row.
-        qparams: ``"minmax"`` or ``"mse"``: see :class:`Int4WeightOnly`.
+        qparams: ``"mse"`` or ``"minmax"``: see :class:`Int4WeightOnly`.
     """
 
     name: ClassVar[str] = "int8-dynamic-int4-weight"
@@ -226,7 +227,7 @@ class Int8DynamicInt4Weight(_Int4):
     summary: ClassVar[str] = "4-bit weights in groups; int8 activations, one scale a token (8da4w)"
 
     group_size: int = 32
-    qparams: Method = "minmax"
+    qparams: Method = "mse"
 
     def __post_init__(self) -> None:
         self._checked()

@@ -57,6 +57,8 @@ def change_linear_weights_to_int4_woqtensors(
 ) -> Report:
     """4-bit weights in groups: ``ao_core.quantize_(model, "int4-weight-only", group_size=groupsize)``.
 
+    Parameters span a group's whole range, as torchao's; ao's own default, ``qparams="mse"``, loses less.
+
     Args:
         model: any module.
         groupsize: 32, 64, 128 or 256.
@@ -65,7 +67,7 @@ def change_linear_weights_to_int4_woqtensors(
     """
     if inner_k_tiles not in (2, 4, 8):
         raise OptionError(f"inner_k_tiles is 2, 4 or 8, and {inner_k_tiles!r} was given.")
-    return _convert(model, Int4WeightOnly(group_size=groupsize), filter_fn)
+    return _convert(model, Int4WeightOnly(group_size=groupsize, qparams="minmax"), filter_fn)
 
 
 def apply_dynamic_quant(model: nn.Module, filter_fn: Filter | None = None) -> Report:
@@ -120,7 +122,7 @@ class Int4WeightOnlyQuantizedLinearWeight:
     @classmethod
     def from_float(cls, input_float: Tensor, groupsize: int = 128, inner_k_tiles: int = 8) -> Tensor:
         """Quantize a weight ``[N, K]``; the tiling that fits is chosen whatever ``inner_k_tiles`` says."""
-        return Int4WeightOnly(group_size=groupsize).quantize(input_float)
+        return Int4WeightOnly(group_size=groupsize, qparams="minmax").quantize(input_float)
 
 
 class PerChannelSymmetricWeightUInt4Tensor:
@@ -150,7 +152,7 @@ class Int8DynActInt4WeightQuantizer:
         precision: torch.dtype = torch.float32,
         scales_precision: torch.dtype = torch.float32,
     ) -> None:
-        self.scheme = Int8DynamicInt4Weight(group_size=groupsize)
+        self.scheme = Int8DynamicInt4Weight(group_size=groupsize, qparams="minmax")
 
     def quantize(self, model: M) -> M:
         """Quantize ``model`` in place, and return it."""
@@ -168,7 +170,7 @@ class Int4WeightOnlyQuantizer:
     """
 
     def __init__(self, groupsize: int = 256, padding_allowed: bool = True, inner_k_tiles: int = 8) -> None:
-        self.scheme = Int4WeightOnly(group_size=groupsize)
+        self.scheme = Int4WeightOnly(group_size=groupsize, qparams="minmax")
 
     def quantize(self, model: M) -> M:
         """Quantize ``model`` in place, and return it."""
