@@ -49,7 +49,8 @@ def output_error(
     """How far quantized layers, smoothed by ``s`` ``[K]``, are from float ones on inputs ``x`` ``[n, K]``.
 
     Returns:
-        A token's squared error over its squared output, the mean over tokens and layers.
+        The length of a token's error over the length of its output, both averaged over tokens first;
+        the mean over layers.
     """
     if s is not None:
         smoothed = [(weight.float() * s).to(weight.dtype) for weight in weights]
@@ -58,8 +59,9 @@ def output_error(
     for weight, scheme, quantized in zip(weights, schemes, weights if s is None else smoothed, strict=True):
         expected = F.linear(x, weight).float()  # [n, N]
         error = F.linear(inputs, scheme.quantize(quantized)).float() - expected
-        relative = error.square().sum(1) / expected.square().sum(1).clamp_min(1e-30)  # [n]
-        errors.append(relative.mean())
+        # Lengths, not squares: a token with outlying activations would outweigh all others. SmolLM2-135M,
+        # int8-dynamic, 16 windows: KL to float 0.0118; 0.0122 by squares, 0.0138 by each token's ratio.
+        errors.append(error.norm(dim=1).mean() / expected.norm(dim=1).mean().clamp_min(1e-30))
     return float(torch.stack(errors).mean())
 
 

@@ -77,6 +77,8 @@ def _to_copy(
     non_blocking = bool(kwargs.get("non_blocking", False))
 
     def moved(data: torch.Tensor) -> torch.Tensor:
+        if isinstance(data, QuantizedTensor):  # below autograd torch does not break ``to`` down for it
+            return _to_copy(data, device=device, non_blocking=non_blocking)
         return data.to(device, non_blocking=non_blocking) if data.device != device else data.clone()
 
     return tensor.portable().map(moved, dtype=dtype).repacked()
