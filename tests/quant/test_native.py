@@ -1,8 +1,7 @@
-"""The CPU kernels in C: every path against float64, and what happens without a compiler."""
+"""The library of CPU kernels: how it is built, what it does without a compiler, what it refuses."""
 
 from __future__ import annotations
 
-import itertools
 import subprocess
 import sys
 
@@ -10,102 +9,76 @@ import pytest
 import torch
 
 from ao_core import RejectedError, use_provider
-from ao_core.testing import poisoned_memory
-from ao_quant import native
-from ao_quant.int8_ops import INT8_WEIGHT_LINEAR, dynamic_linear_reference
+from ao_quant import native, native_linear
+from ao_quant.float8_ops import FLOAT8, FLOAT8_DYNAMIC_LINEAR, FLOAT8_WEIGHT_LINEAR
+from ao_quant.int4_ops import INT4_WEIGHT_LINEAR, INT8_DYNAMIC_INT4_LINEAR
+from ao_quant.int8_ops import INT8_DYNAMIC_LINEAR, INT8_WEIGHT_LINEAR
+from ao_quant.nf4_ops import NF4_LINEAR
 
 needs_library = pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
 
+X = torch.ones(2, 64)
+PACKED, INT8 = torch.zeros(4, 32, dtype=torch.uint8), torch.ones(4, 64, dtype=torch.int8)
+FLOATS, DOUBLES = torch.ones(4, 2), torch.ones(4, 2, dtype=torch.float64)
+BYTES = torch.zeros(4, 2, dtype=torch.uint8)
+ONE = torch.ones(4, 1)
 
-def call(rows, n, k, dtype, group_size=-1, bias=True):
-    generator = torch.Generator().manual_seed(rows + n + k)
-    x = torch.randn(rows, k, generator=generator).to(dtype)
-    codes = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
-    groups = 1 if group_size < 0 else -(-k // group_size)
-    scale = (torch.rand(n, groups, generator=generator) + 0.1).bfloat16().float()
-    added = torch.randn(n, generator=generator).to(dtype) * 50 if bias else None
-    with poisoned_memory():
-        out = native.weight_linear_native(x, codes, scale, added, group_size)
-    size = k if group_size < 0 else group_size
-    weight = codes.double() * scale.double().repeat_interleave(size, 1)[:, :k]
-    expected = x.double() @ weight.t() + (0 if added is None else added.double())
-    return out, expected
-
-
-@needs_library
-@pytest.mark.parametrize("matrix_unit", [True, False])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_every_path_equals_float64(dtype, matrix_unit, monkeypatch):
-    """Row counts at and beside each switch; sizes that the matrix unit takes, and that it does not."""
-    if not matrix_unit:
-        monkeypatch.setattr(native, "_matrix_unit", lambda: False)
-    tolerance = 1e-6 if dtype == torch.float32 else 6e-3
-    for rows, n, k in itertools.product((1, 3, 4, 5, 9, 16, 17, 33, 64), (32, 96, 17, 600), (32, 576, 100)):
-        out, expected = call(rows, n, k, dtype, bias=rows % 2 == 1)
-        assert out.shape == (rows, n)
-        assert out.dtype == dtype
-        error = (out.double() - expected).norm() / expected.norm()
-        assert error < tolerance, (rows, n, k, float(error))
-
-
-@needs_library
-@pytest.mark.parametrize("group_size", [1, 32, 100, 4096])
-def test_groups(group_size):
-    for rows in (1, 4, 40):
-        out, expected = call(rows, 33, 576, torch.float32, group_size)
-        assert (out.double() - expected).norm() / expected.norm() < 1e-6
+MISFITS = [
+    (INT8_WEIGHT_LINEAR, (X, INT8, torch.ones(3, 1), None, -1), "scales \\[3, 1\\] do not fit: \\[4, 1\\]"),
+    (INT8_WEIGHT_LINEAR, (X, INT8, ONE.double(), None, -1), "scales in float32, not torch.float64"),
+    (INT8_WEIGHT_LINEAR, (X, INT8, FLOATS, None, 16), "\\[4, 4\\] is needed"),
+    (INT8_WEIGHT_LINEAR, (X, INT8, FLOATS, None, 0), "0 columns"),
+    (INT8_WEIGHT_LINEAR, (X, INT8, ONE, torch.ones(3), -1), "a bias \\[3\\]"),
+    (INT8_DYNAMIC_LINEAR, (X, INT8, FLOATS, None), "\\[4, 1\\] is needed"),
+    (INT4_WEIGHT_LINEAR, (X, PACKED.char(), FLOATS, None, None, 32), "packed codes in uint8"),
+    (INT4_WEIGHT_LINEAR, (X, PACKED, DOUBLES, None, None, 32), "float32 or bfloat16, not torch.float64"),
+    (INT4_WEIGHT_LINEAR, (X, PACKED, FLOATS, None, None, 16), "\\[4, 4\\] is needed"),
+    (INT4_WEIGHT_LINEAR, (X, PACKED, FLOATS, None, None, 0), "0 columns"),
+    (INT4_WEIGHT_LINEAR, (X, PACKED, FLOATS, ONE, None, 32), "zero points \\[4, 1\\] do not fit: \\[4, 2\\]"),
+    (INT4_WEIGHT_LINEAR, (X, PACKED, FLOATS, DOUBLES, None, 32), "zero points in"),
+    (INT4_WEIGHT_LINEAR, (X, PACKED, FLOATS, None, torch.ones(4, 1), 32), "a bias \\[4, 1\\]"),
+    (INT8_DYNAMIC_INT4_LINEAR, (X, PACKED, FLOATS.int(), None, 32), "not torch.int32"),
+    (NF4_LINEAR, (X, PACKED, BYTES, None, None, None, 32, 256), "scales in float32"),
+    (NF4_LINEAR, (X, PACKED, BYTES, ONE, None, None, 32, 256), "steps in float32, not None"),
+    (NF4_LINEAR, (X, PACKED, BYTES, ONE, FLOATS, None, 32, 256), "steps \\[4, 2\\] do not fit: \\[4, 1\\]"),
+    (NF4_LINEAR, (X, PACKED, BYTES, ONE, ONE, None, 32, 0), "scaler_block_size is 1 or more, not 0"),
+    (FLOAT8_WEIGHT_LINEAR, (X, INT8, ONE, None), "float8 codes in float8_e4m3fn"),
+    (FLOAT8_WEIGHT_LINEAR, (X, INT8.to(FLOAT8), FLOATS, None), "\\[4, 1\\] is needed"),
+    (FLOAT8_DYNAMIC_LINEAR, (X, INT8.to(FLOAT8), torch.ones(3, 1), None, True), "\\[4, 1\\] is needed"),
+    (FLOAT8_DYNAMIC_LINEAR, (X.half(), INT8.to(FLOAT8), ONE, None, True), "not torch.float16"),
+]
 
 
 @needs_library
-def test_float32_keeps_its_last_bit_on_the_matrix_unit():
-    """Three bfloat16 parts add up to the float32 exactly."""
-    x = torch.randn(64, 96) * torch.logspace(-6, 6, 96)
-    parts = native._three_parts(x)
-    assert torch.equal(parts.double().sum(0), x.double())
-
-
-@needs_library
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_dynamic_equals_its_reference(dtype):
-    """One row, and row counts beside the matrix unit's tiles."""
-    for rows, n, k in itertools.product((1, 2, 16, 17, 33), (32, 96, 17), (64, 576, 100)):
-        x = torch.randn(rows, k).to(dtype)
-        codes = torch.randint(-128, 128, (n, k), dtype=torch.int8)
-        scale, bias = torch.rand(n, 1) + 0.1, (torch.randn(n) * 50).to(dtype)
-        with poisoned_memory():
-            out = native.dynamic_linear_native(x, codes, scale, bias)
-        expected = dynamic_linear_reference(x, codes, scale, bias).double()
-        error = (out.double() - expected).norm() / expected.norm()
-        assert error < (1e-6 if dtype == torch.float32 else 3e-3), (rows, n, k, float(error))
-
-
-@needs_library
-@pytest.mark.parametrize(
-    ("scale", "bias", "group_size", "says"),
-    [
-        (torch.ones(3, 1), None, -1, "do not fit"),
-        (torch.ones(4, 1, dtype=torch.float64), None, -1, "float32 scales"),
-        (torch.ones(4, 2), None, 16, "need 4 scales a row"),
-        (torch.ones(4, 1), torch.ones(3), -1, "bias"),
-    ],
-)
-def test_weights_that_do_not_fit_are_rejected(scale, bias, group_size, says):
+@pytest.mark.parametrize(("op", "args", "says"), MISFITS)
+def test_weights_that_do_not_fit_are_rejected(op, args, says):
     """The C code gets bare pointers: what does not fit must not reach it."""
-    codes = torch.ones(4, 64, dtype=torch.int8)
     with use_provider("native"), pytest.raises(RejectedError, match=says):
-        INT8_WEIGHT_LINEAR(torch.ones(2, 64), codes, scale, bias, group_size)
+        op(*args)
 
 
 @needs_library
-def test_nan_stays_nan():
-    for rows in (2, 40):
-        x = torch.ones(rows, 64, dtype=torch.bfloat16)
-        x[1, 3] = torch.nan
-        out = native.weight_linear_native(
-            x, torch.ones(32, 64, dtype=torch.int8), torch.ones(32, 1), None, -1
+@pytest.mark.parametrize("columns", [63, 64])
+def test_groups_of_another_input_are_refused(columns):
+    """63 columns in groups of 21 are three groups, and 64 are four: only the input tells."""
+    groups = {63: 4, 64: 3}[columns]
+    with pytest.raises(RuntimeError, match=f"has {groups}: it was quantized for another input size"):
+        INT4_WEIGHT_LINEAR(
+            torch.ones(2, columns), PACKED, torch.ones(4, groups), None, None, 21, provider="native"
         )
-        assert out[1].isnan().all()
-        assert out[0].isfinite().all()
+
+
+@needs_library
+def test_memory_that_is_short_is_an_error(monkeypatch):
+    class Library:
+        @staticmethod
+        def linear(*args):
+            return -1
+
+    monkeypatch.setattr(native, "best_unit", lambda: 1)
+    monkeypatch.setattr(native, "loaded", Library)
+    with pytest.raises(MemoryError, match="no memory"):
+        native_linear.linear(native_linear.Kind.INT8, X, INT8, ONE, None)
 
 
 @pytest.mark.parametrize(

@@ -43,9 +43,19 @@ def ao_register_ops() -> list[Any]:
 @hookimpl
 def ao_register_kernels() -> list[Any]:
     """Kernels in C for the CPU, and torch's own."""
-    from ao_quant import float8_ops, int4_ops, int4_tiles, int8_ops, native, nf4_ops
+    from ao_quant import (
+        float8_native,
+        float8_ops,
+        int4_ops,
+        int4_tiles,
+        int8_native,
+        int8_ops,
+        nf4_ops,
+        nibble_native,
+    )
 
-    modules = (native, int8_ops, int4_ops, int4_tiles, nf4_ops, float8_ops)
+    natives = (int8_native, nibble_native, float8_native)
+    modules = (*natives, int8_ops, int4_ops, int4_tiles, nf4_ops, float8_ops)
     return [kernel for module in modules for kernel in module.KERNELS]
 
 
