@@ -221,19 +221,21 @@ def test_masks_that_batches_share_are_held_once():
     class Masked(Body):
         def forward(self, x):
             x = self.before(x)
-            mask = torch.ones(x.shape[1], 17)
+            mask = x[0, :, :1].sign().expand(-1, 17) if x.shape[0] == 2 else torch.ones(x.shape[1], 17)
             for block in self.blocks:
                 x = block(x, scale=mask)
             return x
 
-    model, data = Masked().eval(), [torch.randn(1, t, 5) for t in (7, 7, 9, 7)]
+    model, data = Masked().eval(), [torch.randn(b, t, 5) for b, t in ((1, 7), (1, 7), (1, 9), (1, 7), (2, 7))]
     placement = Placement(model, None)
     with torch.no_grad():
         blocks = find_blocks(model)
         stream = capture(model, blocks, find_chain(model, blocks, data[0], placement), data, placement)
     masks = [kwargs["scale"] for _, kwargs in stream.others[3]]
-    assert len({mask.data_ptr() for mask in masks}) == 2
-    assert [mask.shape[0] for mask in masks] == [7, 7, 9, 7]
+    assert len({mask.data_ptr() for mask in masks}) == 3
+    assert masks[0] is masks[1] is masks[3]
+    assert [mask.shape[0] for mask in masks] == [7, 7, 9, 7, 7]
+    assert torch.equal(masks[4], model.before(data[4]).detach()[0, :, :1].sign().expand(-1, 17))
 
 
 def test_blocks_that_change_their_input_in_place():
@@ -379,6 +381,16 @@ def test_torch_s_encoder_layers_take_no_short_cut():
     for name, (tokens, value) in found.items():
         assert tokens == 10
         torch.testing.assert_close(value.double(), rows[name].double().square().sum(0), rtol=1e-5, atol=0)
+
+
+def test_torch_s_encoder_with_padding():
+    """Its own short cut would hand the layers a nested tensor."""
+    layer = nn.TransformerEncoderLayer(16, 2, 24, batch_first=True)
+    model, found = nn.TransformerEncoder(layer, 3).eval(), {}
+    x, padding = torch.randn(2, 5, 16), torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    how = walk(model, lambda s: norms_of(s, found), [{"src": x, "src_key_padding_mask": padding}]).how
+    assert how == "3 blocks of layers in turn"
+    assert {tokens for tokens, _ in found.values()} == {10}
 
 
 @pytest.mark.parametrize("stop", ["blocks.0", "blocks.2", ""])

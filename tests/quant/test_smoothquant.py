@@ -129,6 +129,20 @@ def test_weights_are_scaled_before_they_are_quantized():
     torch.testing.assert_close(model[0].norm.weight, before[0].norm.weight / s)
 
 
+def test_factors_know_what_later_ones_did_to_the_weights():
+    """Down's factors divide up's rows; only then are the maxima of up's columns taken."""
+    model = model_of()
+    before, data = copy.deepcopy(model), outlying()
+    smoothed(model, data, alpha=0.5)
+    gate, up, down = before[0].gate.weight, before[0].up.weight, before[0].down.weight
+    with torch.no_grad():
+        x = torch.cat([before[0].norm(batch).reshape(-1, 17) for batch in data])
+        hidden = nn.functional.silu(x @ gate.T) * (x @ up.T)
+        s_down = smoothing_factors(hidden.abs().amax(0), column_absmax([down]), 0.5)
+        s = smoothing_factors(x.abs().amax(0), column_absmax([gate, up / s_down[:, None]]), 0.5)
+        torch.testing.assert_close(model[0].norm.weight, before[0].norm.weight / s)
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_a_fold_through_a_product(bias):
     """Up's rows take down's factors; gate's can't, for silu is not linear."""
@@ -217,7 +231,7 @@ def test_what_is_quantized_already_can_t_be_scaled():
 def test_it_helps():
     """Inputs with outlying channels: less error than without; by its own measure the search beats 0.5."""
     errors, reports = {}, {}
-    for name, options in (("none", None), ("half", {"alpha": 0.5}), ("auto", {})):
+    for name, options in (("none", None), ("half", {"alpha": 0.5}), ("auto", {"alpha": "auto"})):
         model, data = model_of(), outlying()
         for block in model:
             block.norm.weight.data[5] *= 40
@@ -240,7 +254,7 @@ def test_smoothing_that_does_not_help_is_not_done():
     model[0].weight.data = torch.randint(-127, 128, (64, 64)).float()
     data = [torch.randint(-127, 128, (1, 40, 64)).float()]
     before = copy.deepcopy(model)
-    report, where = smoothed(model, data)
+    report, where = smoothed(model, data, alpha="auto")
     assert where["0"] == "smoothing measured no better"
     assert type(model[0].weight).__name__ == "Int8DynamicTensor"
     assert report.notes["0"]["error"] < 0.01

@@ -89,14 +89,16 @@ class SmoothQuant(BlockAlgorithm):
 
     Attributes:
         alpha: the exponent of equation 4, 0 to 1, or ``"auto"``: for each group of layers with the
-            same input the one of :data:`GRID`, or none at all, that measures best.
+            same input the one of :data:`GRID`, or none at all, that measures best on its own outputs.
+            SmolLM2-135M, int8-dynamic, 128 windows, three re-parametrizations: ΔNLL 0.0099 with 0.6,
+            0.0162 with 0.5, 0.0141 with auto, 0.0249 unsmoothed.
         rows: tokens to measure on.
     """
 
     name: ClassVar[str] = "smoothquant"
     summary: ClassVar[str] = "moves outlying input channels into the weights, for quantized activations"
 
-    alpha: float | str = "auto"
+    alpha: float | str = 0.6
     rows: int = 512
 
     def __post_init__(self) -> None:
