@@ -172,6 +172,11 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
             f"{name!r} is a {type(tensor).__name__}, which {scheme.name!r} does not list in tensor_types."
         )
     source = SCHEMES.entry(scheme.name).source
+    parts = {
+        part: _record(f"{name}:{part}", data)
+        for part, data in tensor.stored().items()
+        if isinstance(data, QuantizedTensor)
+    }
     return {
         "scheme": scheme.to_dict(),
         "tensor": type(tensor).__name__,
@@ -180,11 +185,7 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "provider": tensor.provider,
         "data": list(tensor.stored()),
-        "parts": {
-            part: _record(f"{name}:{part}", data)
-            for part, data in tensor.stored().items()
-            if isinstance(data, QuantizedTensor)
-        },
+        **({"parts": parts} if parts else {}),
         "distribution": source.distribution,
         "distribution_version": source.version,
     }
@@ -265,9 +266,10 @@ def _read(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | Non
             f"{name!r} is a {record['tensor']}, and the installed {scheme.name!r} has {list(kinds)}. "
             f"Install {record['distribution']}=={record['distribution_version']}."
         )
+    parts = record.get("parts", {})
     inner = {
-        part: _read(shard, f"{name}:{part}", record["parts"][part], scheme)
-        if part in record["parts"]
+        part: _read(shard, f"{name}:{part}", parts[part], scheme)
+        if part in parts
         else shard.get_tensor(f"{name}:{part}")
         for part in record["data"]
     }
