@@ -213,9 +213,10 @@ def _names(layer: Layer) -> tuple[str, ...]:
 def _check_matches(rules: Sequence[Rule], found: Layers) -> None:
     if not rules:
         raise PlanError("no rules were given. Give at least one, such as Rule('*', 'int8-weight-only').")
-    usable = [name for layer in found.replaceable.values() for name in _names(layer)]
+    usable = [n for layer in found.replaceable.values() for n in (layer.name, *layer.aliases)]
+    shared = [name for layer in found.replaceable.values() for name in layer.shared]
     for rule in rules:
-        if any(map(rule.matches, usable)):
+        if any(map(rule.matches, [*usable, *shared])):
             continue
         hit = [name for name in found.left if rule.matches(name)]
         if rule.pattern == "*" or (hit and rule.scheme is None):
