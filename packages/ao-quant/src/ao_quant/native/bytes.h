@@ -9,41 +9,39 @@
 #ifdef QUADS
 /* What a block of weight rows has besides its bytes, a row `room` apart. */
 typedef struct {
-    const float *scale;  /* of each group */
-    const int32_t *start; /* of each group's sums */
+    const float *scale;         /* of each group */
+    const int32_t *start;       /* of each group's sums */
     int64_t room, groups, size; /* size: units to a group */
 } grouped;
 
-#define BYTE_TILE(NAME, MR, NR)                                                                             \
-    static void NAME(const uint32_t *restrict x, int64_t xs, const uint32_t *restrict w, int64_t units,     \
-                     const float *restrict scale, const int32_t *restrict start, const grouped *g,          \
-                     float *restrict sums, int64_t stride) {                                                \
-        __m512 total[NR][MR];                                                                               \
-        _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                               \
-            _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i) total[j][i] = _mm512_setzero_ps();         \
-        int64_t p = 0;                                                                                      \
-        for (int64_t group = 0; group < g->groups; ++group) {                                               \
-            __m512i acc[NR][MR];                                                                            \
-            _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                           \
-                _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i)                                        \
-                    acc[j][i] = _mm512_set1_epi32(start[j * g->room + group]);                              \
-            for (const int64_t end = smaller(p + g->size, units); p < end; ++p) {                           \
-                __m512i v[MR];                                                                              \
-                _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i)                                        \
-                    v[i] = _mm512_load_si512(x + i * xs + p * 16);                                          \
-                _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                       \
-                    _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i)                                    \
-                        acc[j][i] = _mm512_dpbusd_epi32(acc[j][i], v[i],                                    \
-                                                        _mm512_set1_epi32((int32_t)w[j * (units + 16) + p])); \
-            }                                                                                               \
-            _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                           \
-                _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i)                                        \
-                    total[j][i] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(acc[j][i]),                            \
-                                                  _mm512_set1_ps(scale[j * g->room + group]), total[j][i]); \
-        }                                                                                                   \
-        _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                               \
-            _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i)                                            \
-                _mm512_store_ps(sums + j * stride + 16 * i, total[j][i]);                                   \
+#define BYTE_TILE(NAME, MR, NR)                                                                              \
+    static void NAME(const uint32_t *restrict x, int64_t xs, const uint32_t *restrict w, int64_t units,      \
+                     const float *restrict scale, const int32_t *restrict start, const grouped *g,           \
+                     float *restrict sums, int64_t stride) {                                                 \
+        __m512 total[NR][MR];                                                                                \
+        _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                                \
+            _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i) total[j][i] = _mm512_setzero_ps();          \
+        int64_t p = 0;                                                                                       \
+        for (int64_t group = 0; group < g->groups; ++group) {                                                \
+            __m512i acc[NR][MR];                                                                             \
+            _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                            \
+                _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i) acc[j][i] =                             \
+                    _mm512_set1_epi32(start[j * g->room + group]);                                           \
+            for (const int64_t end = smaller(p + g->size, units); p < end; ++p) {                            \
+                __m512i v[MR];                                                                               \
+                _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i) v[i] =                                  \
+                    _mm512_load_si512(x + i * xs + p * 16);                                                  \
+                _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                        \
+                    _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i) acc[j][i] = _mm512_dpbusd_epi32(    \
+                        acc[j][i], v[i], _mm512_set1_epi32((int32_t)w[j * (units + 16) + p]));               \
+            }                                                                                                \
+            _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                            \
+                _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i) total[j][i] = _mm512_fmadd_ps(          \
+                    _mm512_cvtepi32_ps(acc[j][i]), _mm512_set1_ps(scale[j * g->room + group]), total[j][i]); \
+        }                                                                                                    \
+        _Pragma("GCC unroll 12") for (int j = 0; j < NR; ++j)                                                \
+            _Pragma("GCC unroll 2") for (int i = 0; i < MR; ++i)                                             \
+                _mm512_store_ps(sums + j * stride + 16 * i, total[j][i]);                                    \
     }
 BYTE_TILE(bytes_1, 1, 12)
 BYTE_TILE(bytes_2, 2, 6)
@@ -66,7 +64,8 @@ static float decode_bytes(const weight *w, int64_t row, const float *restrict s,
     const uint8_t *c = w->codes + row * w->stride;
     for (int64_t i = 0; i < w->k; i += 64, to += 16) {
         const uint8_t *from = w->kind == INT8 ? c + i : c + i / 2;
-        _mm512_store_si512(to, w->kind == INT8 ? bytes64(INT8, from, w->k - i) : bytes64(INT4, from, w->k - i));
+        _mm512_store_si512(to,
+                           w->kind == INT8 ? bytes64(INT8, from, w->k - i) : bytes64(INT4, from, w->k - i));
     }
     const int8_t *bytes = (const int8_t *)(to - up(w->k, 64) / 4);
     float total = 0;
@@ -74,7 +73,8 @@ static float decode_bytes(const weight *w, int64_t row, const float *restrict s,
         const int64_t end = smaller((g + 1) * size, up(w->k, 32));
         __m256i sums = _mm256_setzero_si256();
         for (int64_t i = g * size; i < end; i += 32)
-            sums = _mm256_dpbusd_epi32(sums, _mm256_set1_epi8(1), _mm256_load_si256((const __m256i *)(bytes + i)));
+            sums = _mm256_dpbusd_epi32(sums, _mm256_set1_epi8(1),
+                                       _mm256_load_si256((const __m256i *)(bytes + i)));
         const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sums), _mm256_extracti128_si256(sums, 1));
         const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
         const int32_t sum = _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
@@ -84,9 +84,9 @@ static float decode_bytes(const weight *w, int64_t row, const float *restrict s,
     return total;
 }
 
-/* As many_part. `s` has room for BLOCK rows of scales and starts, and one of zeros. */
-static void bytes_part(const job *j, const uint32_t *x, int64_t row, int64_t rows, int64_t first, int64_t last,
-                       uint32_t *block, float *sums, float *s) {
+/* As many_part. `s` has room for BLOCK rows of scales, and as many of starts. */
+static void bytes_part(const job *j, const uint32_t *x, int64_t row, int64_t rows, int64_t first,
+                       int64_t last, uint32_t *block, float *sums, float *s) {
     const weight *w = j->w;
     const int64_t units = up(w->k, 64) / 4, stride = up(rows, 16), room = padded(w->groups);
     int32_t *start = (int32_t *)(s + BLOCK * room);
@@ -105,7 +105,8 @@ static void bytes_part(const job *j, const uint32_t *x, int64_t row, int64_t row
                 const int two = stride - lane > 16;
                 if (!two && i % 12) continue;
                 (two ? bytes_2 : bytes_1)(x + lane * units, units * 16, block + i * (units + 16), units,
-                                          s + i * room, start + i * room, &g, sums + i * stride + lane, stride);
+                                          s + i * room, start + i * room, &g, sums + i * stride + lane,
+                                          stride);
             }
         finish(j, sums, stride, n, count, row, rows, ones, weight_sums);
     }
@@ -135,7 +136,7 @@ static int many_rows(const job *j, enum mode mode, int threads) {
         for (int64_t row = 0; row < j->m; row += ROWS_AT_ONCE) {
             const int64_t rows = smaller(j->m - row, ROWS_AT_ONCE), end = share(rows, 16, thread + 1);
             for (int64_t i = share(rows, 16, thread); i < end; i += 16)
-                pack(j, mode, row + i, units, x + i * units);
+                pack(j, mode, row + i, x + i * units);
 #pragma omp barrier
 #ifdef QUADS
             if (mode == BYTES) bytes_part(j, x, row, rows, first, last, block, sums, s);

@@ -33,8 +33,8 @@ enum type { NONE, FLOAT32, BFLOAT16, UINT8, ROOT4 };
 
 /* A weight [n, k] in codes, with scales [n, groups]; all arithmetic on scales is float32. */
 typedef struct {
-    const uint8_t *codes;      /* [n, stride], two codes a byte for INT4 and NF4, the even column low */
-    const void *scale, *zero;  /* scale: FLOAT32, BFLOAT16, or ROOT4: (offset + byte * step) ** 4 */
+    const uint8_t *codes;       /* [n, stride], two codes a byte for INT4 and NF4, the even column low */
+    const void *scale, *zero;   /* scale: FLOAT32, BFLOAT16, or ROOT4: (offset + byte * step) ** 4 */
     const float *offset, *step; /* [n, scalers] for ROOT4, each for `scaler_size` groups */
     int64_t n, k, stride, groups, group_size, scalers, scaler_size;
     enum kind kind;

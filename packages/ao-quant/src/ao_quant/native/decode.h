@@ -9,12 +9,12 @@
 
 enum mode { HALVES, FLOATS, BYTES }; /* what is multiplied: bfloat16 pairs, floats, or signed bytes */
 
-static const float LEVELS[2][16] = {
-    {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
-    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f, -0.28444138169288635f,
-     -0.18477343022823334f, -0.09105003625154495f, 0.0f, 0.07958029955625534f, 0.16093020141124725f,
-     0.24611230194568634f, 0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
-     0.7229568362236023f, 1.0f}}; /* INT4, NF4 */
+static const float LEVELS[2][16] = {{-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7},
+                                    {-1.0f, -0.6961928009986877f, -0.5250730514526367f, -0.39491748809814453f,
+                                     -0.28444138169288635f, -0.18477343022823334f, -0.09105003625154495f,
+                                     0.0f, 0.07958029955625534f, 0.16093020141124725f, 0.24611230194568634f,
+                                     0.33791524171829224f, 0.44070982933044434f, 0.5626170039176941f,
+                                     0.7229568362236023f, 1.0f}}; /* INT4, NF4 */
 
 /* Four bits of exponent (bias 7), three of mantissa; all ones is NaN. */
 INLINE float from_float8(uint8_t code) {
@@ -55,7 +55,8 @@ INLINE void row_scales(const weight *w, int64_t row, float *restrict s, float *r
         __m512 scale = values16(w->scale, coded ? UINT8 : w->scale_type, first + g, there);
         if (coded && (w->scalers == 1 || w->scaler_size % 16 == 0)) {
             const int64_t scaler = row * w->scalers + g / w->scaler_size;
-            scale = _mm512_fmadd_ps(scale, _mm512_set1_ps(w->step[scaler]), _mm512_set1_ps(w->offset[scaler]));
+            scale =
+                _mm512_fmadd_ps(scale, _mm512_set1_ps(w->step[scaler]), _mm512_set1_ps(w->offset[scaler]));
             scale *= scale;
             scale *= scale;
         }
@@ -72,9 +73,11 @@ INLINE void row_scales(const weight *w, int64_t row, float *restrict s, float *r
 INLINE void row_scales(const weight *w, int64_t row, float *restrict s, float *restrict z) {
     const int64_t first = w->shared ? 0 : row * w->groups;
     if (w->scale_type != ROOT4) widen(w->scale, w->scale_type, first, w->groups, s);
-    else for (int64_t g = 0; g < w->groups; ++g) s[g] = root4(w, row, g);
+    else
+        for (int64_t g = 0; g < w->groups; ++g) s[g] = root4(w, row, g);
     if (w->zero_type == UINT8)
-        for (int64_t g = 0; g < w->groups; ++g) z[g] = (float)(8 - ((const uint8_t *)w->zero)[first + g]) * s[g];
+        for (int64_t g = 0; g < w->groups; ++g)
+            z[g] = (float)(8 - ((const uint8_t *)w->zero)[first + g]) * s[g];
     else if (w->zero_type != NONE) widen(w->zero, w->zero_type, first, w->groups, z);
 }
 #endif

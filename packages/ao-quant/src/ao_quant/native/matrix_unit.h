@@ -53,8 +53,9 @@ static void lay_rows(const job *j, enum mode mode, int64_t parts, int64_t lanes,
 }
 
 /* Weight rows [first, first + 32) -> tiles [units / 16, 2, 16, 16]; rows that do not exist are the last. */
-static void turn_rows(const weight *w, enum mode mode, const tables *t, int64_t first, int64_t units, int exact,
-                      float *s, float *decoded, uint32_t *restrict rows, uint32_t *restrict tiles) {
+static void turn_rows(const weight *w, enum mode mode, const tables *t, int64_t first, int64_t units,
+                      int exact, float *s, float *decoded, uint32_t *restrict rows,
+                      uint32_t *restrict tiles) {
     for (int64_t i = 0; i < 32; ++i) {
         const int64_t row = smaller(first + i, w->n - 1);
         prefetch(w->codes + row * w->stride, w->stride);
@@ -63,7 +64,8 @@ static void turn_rows(const weight *w, enum mode mode, const tables *t, int64_t 
             continue;
         }
         row_scales(w, row, s, s + padded(w->groups));
-        decode(w, HALVES, t, row, 0, up(w->k, 32), exact, s, s + padded(w->groups), decoded, rows + i * units);
+        decode(w, HALVES, t, row, 0, up(w->k, 32), exact, s, s + padded(w->groups), decoded,
+               rows + i * units);
     }
     for (int64_t unit = 0; unit < units; unit += 16)
         for (int half = 0; half < 2; ++half) {
@@ -75,32 +77,32 @@ static void turn_rows(const weight *w, enum mode mode, const tables *t, int64_t 
 }
 
 /* Up to 32 rows of x times 32 weight rows -> sums [row half, weight half, 16, 16]. */
-#define MULTIPLY(NAME, INSTRUCTION)                                                                         \
-    static void NAME(const uint32_t *restrict x, int64_t parts, int64_t apart, const uint32_t *restrict tiles, \
-                     int64_t units, int two, void *restrict sums) {                                         \
-        SETTLE(tiles);                                                                                      \
-        _tile_zero(0);                                                                                      \
-        _tile_zero(1);                                                                                      \
-        _tile_zero(2);                                                                                      \
-        _tile_zero(3);                                                                                      \
-        for (int64_t unit = 0; unit < units; unit += 16) {                                                  \
-            _tile_loadd(6, tiles + unit * 32, 64);                                                          \
-            _tile_loadd(7, tiles + unit * 32 + 256, 64);                                                    \
-            for (int64_t part = 0; part < parts; ++part) {                                                  \
-                const uint32_t *from = x + part * apart + unit;                                             \
-                _tile_loadd(4, from, units * 4);                                                            \
-                INSTRUCTION(0, 4, 6);                                                                       \
-                INSTRUCTION(1, 4, 7);                                                                       \
-                if (!two) continue;                                                                         \
-                _tile_loadd(5, from + 16 * units, units * 4);                                               \
-                INSTRUCTION(2, 5, 6);                                                                       \
-                INSTRUCTION(3, 5, 7);                                                                       \
-            }                                                                                               \
-        }                                                                                                   \
-        _tile_stored(0, sums, 64);                                                                          \
-        _tile_stored(1, (uint8_t *)sums + 1024, 64);                                                        \
-        _tile_stored(2, (uint8_t *)sums + 2048, 64);                                                        \
-        _tile_stored(3, (uint8_t *)sums + 3072, 64);                                                        \
+#define MULTIPLY(NAME, INSTRUCTION)                                                                 \
+    static void NAME(const uint32_t *restrict x, int64_t parts, int64_t apart,                      \
+                     const uint32_t *restrict tiles, int64_t units, int two, void *restrict sums) { \
+        SETTLE(tiles);                                                                              \
+        _tile_zero(0);                                                                              \
+        _tile_zero(1);                                                                              \
+        _tile_zero(2);                                                                              \
+        _tile_zero(3);                                                                              \
+        for (int64_t unit = 0; unit < units; unit += 16) {                                          \
+            _tile_loadd(6, tiles + unit * 32, 64);                                                  \
+            _tile_loadd(7, tiles + unit * 32 + 256, 64);                                            \
+            for (int64_t part = 0; part < parts; ++part) {                                          \
+                const uint32_t *from = x + part * apart + unit;                                     \
+                _tile_loadd(4, from, units * 4);                                                    \
+                INSTRUCTION(0, 4, 6);                                                               \
+                INSTRUCTION(1, 4, 7);                                                               \
+                if (!two) continue;                                                                 \
+                _tile_loadd(5, from + 16 * units, units * 4);                                       \
+                INSTRUCTION(2, 5, 6);                                                               \
+                INSTRUCTION(3, 5, 7);                                                               \
+            }                                                                                       \
+        }                                                                                           \
+        _tile_stored(0, sums, 64);                                                                  \
+        _tile_stored(1, (uint8_t *)sums + 1024, 64);                                                \
+        _tile_stored(2, (uint8_t *)sums + 2048, 64);                                                \
+        _tile_stored(3, (uint8_t *)sums + 3072, 64);                                                \
     }
 MULTIPLY(multiply_halves, _tile_dpbf16ps)
 MULTIPLY(multiply_bytes, _tile_dpbssd)
@@ -151,8 +153,9 @@ static int matrix_rows(const job *j, enum mode mode, int threads) {
             }
             for (int64_t row = 0; row < j->m; row += 32)
                 for (int64_t i = 0; i < group; ++i) {
-                    (mode == BYTES ? multiply_bytes : multiply_halves)(
-                        x + row * units, parts, lanes * units, tiles + i * 32 * units, units, lanes - row > 16, sums);
+                    (mode == BYTES ? multiply_bytes : multiply_halves)(x + row * units, parts, lanes * units,
+                                                                       tiles + i * 32 * units, units,
+                                                                       lanes - row > 16, sums);
                     put_block(j, mode, sums, row, (first + i) * 32, scale + i * 32);
                 }
         }

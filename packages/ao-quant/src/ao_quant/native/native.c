@@ -14,20 +14,32 @@ int best_unit(void) {
 #endif
 }
 
-static weight weight_of(int flags, const void *codes, const void *scale, const void *zero, const float *offset,
-                        const float *step, int64_t n, int64_t k, int64_t group_size, int64_t scaler_size) {
+static weight weight_of(int flags, const void *codes, const void *scale, const void *zero,
+                        const float *offset, const float *step, int64_t n, int64_t k, int64_t group_size,
+                        int64_t scaler_size) {
     const enum kind kind = flags & 7;
     const int64_t size = group_size < 0 || group_size > k ? k : group_size, groups = (k + size - 1) / size;
     const int64_t scalers = scaler_size > 0 ? (groups + scaler_size - 1) / scaler_size : 0;
-    return (weight){.codes = codes, .scale = scale, .zero = zero, .offset = offset, .step = step, .n = n,
-                    .k = k, .stride = kind == INT4 || kind == NF4 ? (k + 1) / 2 : k, .groups = groups,
-                    .group_size = size, .scalers = scalers, .scaler_size = scaler_size, .kind = kind,
-                    .scale_type = flags >> 3 & 7, .zero_type = zero ? flags >> 6 & 7 : NONE,
+    return (weight){.codes = codes,
+                    .scale = scale,
+                    .zero = zero,
+                    .offset = offset,
+                    .step = step,
+                    .n = n,
+                    .k = k,
+                    .stride = kind == INT4 || kind == NF4 ? (k + 1) / 2 : k,
+                    .groups = groups,
+                    .group_size = size,
+                    .scalers = scalers,
+                    .scaler_size = scaler_size,
+                    .kind = kind,
+                    .scale_type = flags >> 3 & 7,
+                    .zero_type = zero ? flags >> 6 & 7 : NONE,
                     .shared = flags >> 15 & 1};
 }
 
-/* Weight rows [first, last) in float32 or bfloat16, in natural order, -> out [last - first, k]. `shared`
-   excluded, flags are those of `linear`. Returns 0, or -1 if memory is short. */
+/* Weight rows [first, last) in float32 or bfloat16, in natural order, -> out [last - first, k]. Flags are
+   those of `linear`, with the type of `out`. Returns 0, or -1 if memory is short. */
 int dequantize(int flags, const void *codes, const void *scale, const void *zero, const float *offset,
                const float *step, void *out, int64_t first, int64_t last, int64_t n, int64_t k,
                int64_t group_size, int64_t scaler_size, int threads) {
@@ -63,7 +75,8 @@ static int multiply(const job *j, enum mode mode, int64_t few, int unit, int thr
 #ifdef MATRIX_UNIT
     if (unit == 2 && mode != FLOATS) return matrix_rows(j, mode, threads);
     const weight *w = j->w;
-    if (unit == 2 && w->groups == 1 && w->zero_type == NONE && w->kind != NF4) return matrix_rows(j, HALVES, threads);
+    if (unit == 2 && w->groups == 1 && w->zero_type == NONE && w->kind != NF4)
+        return matrix_rows(j, HALVES, threads);
 #endif
 #ifdef WIDE
     if (unit) return many_rows(j, mode, threads);
@@ -78,8 +91,14 @@ int linear(int flags, const void *x, const void *codes, const void *scale, const
            const float *offset, const float *step, const void *bias, void *out, int64_t m, int64_t n,
            int64_t k, int64_t group_size, int64_t scaler_size, int64_t few, int unit, int threads) {
     const weight w = weight_of(flags, codes, scale, zero, offset, step, n, k, group_size, scaler_size);
-    job j = {.w = &w, .x = x, .bias = bias, .out = out, .m = m, .x_type = flags >> 9 & 3,
-             .bias_type = flags >> 13 & 3, .out_type = flags >> 11 & 3};
+    job j = {.w = &w,
+             .x = x,
+             .bias = bias,
+             .out = out,
+             .m = m,
+             .x_type = flags >> 9 & 3,
+             .bias_type = flags >> 13 & 3,
+             .out_type = flags >> 11 & 3};
     const enum rounding rounding = flags >> 16 & 7;
     enum mode mode = FLOATS;
 #ifdef PAIRS

@@ -8,7 +8,7 @@
 enum rounding { EXACT, SYMMETRIC, AFFINE, FLOAT8_ROWS, FLOAT8_ONE };
 
 typedef struct {
-    void *codes;        /* [m, k]: signed bytes, or bfloat16 whole numbers (less the zero point) or float8 */
+    void *codes;         /* [m, k]: signed bytes, or bfloat16 whole numbers (less the zero point) or float8 */
     float *scale, *zero; /* [m] */
 } quantized;
 
@@ -103,8 +103,7 @@ static void quantize_row(const job *j, enum rounding rounding, int bytes, int64_
         for (int64_t i = 0; i < k; ++i)
             halves[i] = exact_bfloat16(clamped(__builtin_rintf(x[i] / scale) + zero, -128, 127) - zero);
     else
-        for (int64_t i = 0; i < k; ++i)
-            halves[i] = round_float8(x[i] / scale);
+        for (int64_t i = 0; i < k; ++i) halves[i] = round_float8(x[i] / scale);
 }
 
 /* One scale for all rows. */
