@@ -78,7 +78,7 @@ def test_memory_that_is_short_is_an_error(monkeypatch):
     monkeypatch.setattr(native, "best_unit", lambda: 1)
     monkeypatch.setattr(native, "loaded", Library)
     with pytest.raises(MemoryError, match="no memory"):
-        native_linear.linear(native_linear.Kind.INT8, X, INT8, ONE, None)
+        native_linear.linear(native_linear.INT8, X, INT8, ONE, None)
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def processor(request, monkeypatch, tmp_path_factory):
         cache = tmp_path_factory.getbasetemp() / "libraries"  # one build serves all tests
         monkeypatch.setenv("AO_CACHE_DIR", str(cache))
         monkeypatch.setattr(native, "_FLAGS", (*native._FLAGS, *flags))
-    native._library.cache_clear()
-    native.best_unit.cache_clear()
+    for cached in (native._library, native.loaded, native.best_unit):
+        cached.cache_clear()
     assert native.unavailable() is None
     if unit is not None:
         monkeypatch.setattr(native, "best_unit", lambda: unit)
@@ -61,8 +61,8 @@ def processor(request, monkeypatch, tmp_path_factory):
     yield request.param
     torch.set_num_threads(threads)
     monkeypatch.undo()
-    native._library.cache_clear()
-    native.best_unit.cache_clear()
+    for cached in (native._library, native.loaded, native.best_unit):
+        cached.cache_clear()
 
 
 def inputs(rows, n, k, dtype):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 
 from ao_core import Kernel, Key
-from ao_quant.float8_ops import FLOAT8, dynamic_linear_torch
+from ao_quant import float8_ops
 from ao_quant.int8_ops import check_input
-from ao_quant.native_linear import Kind, Rounding, bias_misfit, linear, misfit, rejects
+from ao_quant.native_linear import FLOAT8, FLOAT8_ONE, FLOAT8_ROWS, bias_misfit, linear, misfit, rejects
 
 
 def weight_linear_native(
@@ -15,7 +15,7 @@ def weight_linear_native(
 ) -> torch.Tensor:
     """``float8_weight_linear``; arguments: :func:`ao_quant.float8_ops.weight_linear_reference`."""
     check_input(x, codes)
-    return linear(Kind.FLOAT8, x, codes, scale, bias)
+    return linear(FLOAT8, x, codes, scale, bias)
 
 
 def dynamic_linear_native(
@@ -24,13 +24,13 @@ def dynamic_linear_native(
     """``float8_dynamic_linear``: activations rounded in one pass; both sides are exact in bfloat16."""
     check_input(x, codes)
     return linear(
-        Kind.FLOAT8,
+        FLOAT8,
         x,
         codes,
         scale,
         bias,
-        rounding=Rounding.FLOAT8_ROWS if rowwise else Rounding.FLOAT8_ONE,
-        otherwise=lambda: dynamic_linear_torch(x, codes, scale, bias, rowwise),
+        rounding=FLOAT8_ROWS if rowwise else FLOAT8_ONE,
+        otherwise=lambda: float8_ops.dynamic_linear_torch(x, codes, scale, bias, rowwise),
     )
 
 
@@ -40,7 +40,7 @@ def _rejects(key: Key) -> str | None:
 
 def _misfit(key: Key) -> str:
     codes, scale, bias = key.weights
-    reason = misfit("float8 codes", codes, (FLOAT8,), None, None)
+    reason = misfit("float8 codes", codes, (float8_ops.FLOAT8,), None, None)
     if reason or codes is None:
         return reason
     n = codes[0][0]

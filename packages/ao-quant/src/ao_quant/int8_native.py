@@ -10,7 +10,7 @@ import torch
 
 from ao_core import Kernel, Key
 from ao_quant.int8_ops import check_input, dynamic_linear_torch
-from ao_quant.native_linear import Kind, Rounding, bias_misfit, linear, misfit, rejects
+from ao_quant.native_linear import INT8, SYMMETRIC, bias_misfit, linear, misfit, rejects
 
 
 def weight_linear_native(
@@ -22,7 +22,7 @@ def weight_linear_native(
 ) -> torch.Tensor:
     """``int8_weight_linear``; arguments are those of :func:`ao_quant.int8_ops.weight_linear_reference`."""
     check_input(x, codes)
-    return linear(Kind.INT8, x, codes, scale, bias, group_size=group_size)
+    return linear(INT8, x, codes, scale, bias, group_size=group_size)
 
 
 def dynamic_linear_native(
@@ -34,12 +34,12 @@ def dynamic_linear_native(
     """
     check_input(x, codes)
     return linear(
-        Kind.INT8,
+        INT8,
         x,
         codes,
         scale,
         bias,
-        rounding=Rounding.SYMMETRIC,
+        rounding=SYMMETRIC,
         otherwise=lambda: dynamic_linear_torch(x, codes, scale, bias),
     )
 

@@ -40,6 +40,7 @@ def unavailable() -> str | None:
     return library if isinstance(library, str) else None
 
 
+@functools.cache
 def loaded() -> ctypes.CDLL:
     """The library.
 

@@ -7,32 +7,16 @@ cache and multiplied on the best unit that the processor has; without one, torch
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import IntEnum
 
 import torch
 
 from ao_core import Key
 from ao_quant import native
 
-
-class Kind(IntEnum):
-    """What the codes of a weight are. The numbers are those of the C code, here and below."""
-
-    INT8 = 0
-    INT4 = 1
-    NF4 = 2
-    FLOAT8 = 3
-
-
-class Rounding(IntEnum):
-    """What the activations are rounded to."""
-
-    EXACT = 0
-    SYMMETRIC = 1
-    AFFINE = 2
-    FLOAT8_ROWS = 3
-    FLOAT8_ONE = 4
-
+# What the codes of a weight are, and what activations are rounded to: as the C code counts them. Plain
+# numbers, because an enum's arithmetic would cost a microsecond a call.
+INT8, INT4, NF4, FLOAT8 = range(4)
+EXACT, SYMMETRIC, AFFINE, FLOAT8_ROWS, FLOAT8_ONE = range(5)
 
 _TYPES = {torch.float32: 1, torch.bfloat16: 2, torch.uint8: 3}
 _ROOT4 = 4
@@ -40,21 +24,25 @@ _NO_UNIT = 1
 _ROWS_AT_ONCE = 576  # weight rows dequantized at a time: they stay in the cache, and no large copy is made
 
 
-def few_rows(x: torch.Tensor, rounding: Rounding, unit: int) -> int:
+def few_rows(half: bool, rounding: int, unit: int) -> int:
     """Up to so many rows, decoding in registers wins.
 
     2 threads of Zen 4, SmolLM2's shapes: at 8 rows it takes 0.75 of the many-row path's time in bfloat16
     and 0.7 in float32; at 16, twice its time in bfloat16. Where activations become bytes, sums of four
     products a lane win from about 5 rows on, but for 4-bit weights in bfloat16.
+
+    Args:
+        half: bfloat16 activations, not float32.
+        rounding: of the activations.
+        unit: what many rows would be multiplied on, see :func:`ao_quant.native.best_unit`.
     """
-    half = x.dtype == torch.bfloat16
     if unit == 2:
         return 4 if half else 8
-    return 4 if rounding == Rounding.SYMMETRIC or (rounding == Rounding.AFFINE and not half) else 8
+    return 4 if rounding == SYMMETRIC or (rounding == AFFINE and not half) else 8
 
 
 def linear(
-    kind: Kind,
+    kind: int,
     x: torch.Tensor,
     codes: torch.Tensor,
     scale: torch.Tensor,
@@ -65,7 +53,7 @@ def linear(
     step: torch.Tensor | None = None,
     group_size: int = -1,
     scaler_size: int = 0,
-    rounding: Rounding = Rounding.EXACT,
+    rounding: int = EXACT,
     otherwise: Callable[[], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """``x @ weight.T + bias``, summed in float32, in the dtype of ``x``.
@@ -89,8 +77,9 @@ def linear(
         RuntimeError: the scales do not fit the columns of ``x``. The C code gets bare pointers.
         MemoryError: no room for a copy of the activations.
     """
-    k, n = x.shape[-1], codes.shape[0]
-    _check_groups(x, scale, group_size)
+    k, n = x.size(-1), codes.size(0)
+    if scale.size(1) != (1 if group_size < 0 else -(-k // group_size)):
+        raise RuntimeError(_wrong_groups(x, scale, group_size))
     out = x.new_empty(*x.shape[:-1], n)
     rows = x.numel() // k
     if rows == 0:
@@ -107,14 +96,14 @@ def linear(
         | form << 9
         | form << 11
         | (0 if bias is None else _TYPES[bias.dtype]) << 13
-        | (scale.shape[0] < n) << 15
+        | (scale.size(0) < n) << 15
         | rounding << 16
     )
     weight = (codes.data_ptr(), scale.data_ptr(), _pointer(zero), _pointer(offset), _pointer(step))
     unit, threads = native.best_unit(), torch.get_num_threads()
     status = native.loaded().linear(
         flags, x.data_ptr(), *weight, _pointer(bias), out.data_ptr(), rows, n, k, group_size, scaler_size,
-        few_rows(x, rounding, unit), unit, threads,
+        few_rows(form == 2, rounding, unit), unit, threads,
     )  # fmt: skip
     if status == _NO_UNIT and otherwise is not None:
         return otherwise()
@@ -145,13 +134,12 @@ def _decoded(
         out += bias
 
 
-def _check_groups(x: torch.Tensor, scale: torch.Tensor, group_size: int) -> None:
+def _wrong_groups(x: torch.Tensor, scale: torch.Tensor, group_size: int) -> str:
     groups = 1 if group_size < 0 else -(-x.shape[-1] // group_size)
-    if scale.shape[1] != groups:
-        raise RuntimeError(
-            f"an input {tuple(x.shape)} in groups of {group_size} columns needs {groups} scales a row, and "
-            f"the weight has {scale.shape[1]}: it was quantized for another input size."
-        )
+    return (
+        f"an input {tuple(x.shape)} in groups of {group_size} columns needs {groups} scales a row, and the "
+        f"weight has {scale.shape[1]}: it was quantized for another input size."
+    )
 
 
 def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:

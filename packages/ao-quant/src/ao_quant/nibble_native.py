@@ -7,7 +7,7 @@ import torch
 from ao_core import Kernel, Key
 from ao_quant.decoded import check_packed_input
 from ao_quant.int4_ops import dynamic_linear_torch
-from ao_quant.native_linear import Kind, Outline, Rounding, bias_misfit, linear, misfit, rejects
+from ao_quant.native_linear import AFFINE, INT4, NF4, Outline, bias_misfit, linear, misfit, rejects
 
 _FLOATS = (torch.float32, torch.bfloat16)
 
@@ -22,7 +22,7 @@ def int4_linear_native(
 ) -> torch.Tensor:
     """``int4_weight_linear``; arguments are those of :func:`ao_quant.int4_ops.weight_linear_reference`."""
     check_packed_input(x, packed)
-    return linear(Kind.INT4, x, packed, scale, bias, zero=zero, group_size=group_size)
+    return linear(INT4, x, packed, scale, bias, zero=zero, group_size=group_size)
 
 
 def dynamic_linear_native(
@@ -35,13 +35,13 @@ def dynamic_linear_native(
     """``int8_dynamic_int4_linear``: activations quantized in one pass, then exact sums of each group."""
     check_packed_input(x, packed)
     return linear(
-        Kind.INT4,
+        INT4,
         x,
         packed,
         scale,
         bias,
         group_size=group_size,
-        rounding=Rounding.AFFINE,
+        rounding=AFFINE,
         otherwise=lambda: dynamic_linear_torch(x, packed, scale, bias, group_size),
     )
 
@@ -62,7 +62,7 @@ def nf4_linear_native(
     """
     check_packed_input(x, packed)
     return linear(
-        Kind.NF4,
+        NF4,
         x,
         packed,
         absmax,

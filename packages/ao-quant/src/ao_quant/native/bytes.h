@@ -135,8 +135,7 @@ static int many_rows(const job *j, enum mode mode, int threads) {
         float *sums = (float *)(block + block_size), *s = sums + BLOCK * lanes;
         for (int64_t row = 0; row < j->m; row += ROWS_AT_ONCE) {
             const int64_t rows = smaller(j->m - row, ROWS_AT_ONCE), end = share(rows, 16, thread + 1);
-            for (int64_t i = share(rows, 16, thread); i < end; i += 16)
-                pack(j, mode, row + i, x + i * units);
+            for (int64_t i = share(rows, 16, thread); i < end; i += 16) pack(j, mode, row + i, x + i * units);
 #pragma omp barrier
 #ifdef QUADS
             if (mode == BYTES) bytes_part(j, x, row, rows, first, last, block, sums, s);

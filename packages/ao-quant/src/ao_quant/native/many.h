@@ -131,10 +131,11 @@ INLINE void block32(enum kind kind, enum mode mode, const tables *t, const __m51
 INLINE void decode_kind(enum kind kind, enum mode mode, const tables *t, const weight *w, int64_t row,
                         int64_t from, int64_t to, int exact, const float *s, const float *z,
                         uint32_t *restrict out) {
-    const int64_t size = w->groups == 1 ? up(w->k, 32) : w->group_size;
+    const int64_t size = w->groups == 1 ? up(w->k, 32) : w->group_size, first = from / size;
     const uint8_t *c = w->codes + row * w->stride;
-    for (int64_t start = from; start < to;) {
-        const int64_t g = start / size, end = smaller((g + 1) * size, to);
+    int64_t i = from;
+    for (int64_t g = first, end = (first + 1) * size; i < to; ++g, end += size) {
+        const int64_t whole = smaller(smaller(end, to), w->k) - 31;
         tables scaled = *t;
         __m512i table = _mm512_setzero_si512();
         if (kind == INT4) {
@@ -146,9 +147,12 @@ INLINE void decode_kind(enum kind kind, enum mode mode, const tables *t, const w
             table = _mm512_broadcast_i64x4((__m256i)_mm512_cvtneps_pbh(scaled.levels));
 #endif
         }
-        for (int64_t i = start; i < end; i += 32, out += mode == HALVES ? 16 : 32)
+        for (; i < whole; i += 32, out += mode == HALVES ? 16 : 32)
+            block32(kind, mode, &scaled, &table, exact, s[g], c + i / 32 * bytes32(kind), 32, out);
+        if (i < smaller(end, to)) { /* the last columns of the row */
             block32(kind, mode, &scaled, &table, exact, s[g], c + i / 32 * bytes32(kind), w->k - i, out);
-        start = end;
+            return;
+        }
     }
 }
 
