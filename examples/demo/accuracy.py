@@ -32,6 +32,8 @@ LANGUAGE = (
     "int8-weight-only",
     "int8-dynamic",
     "smoothquant > int8-dynamic",
+    "smoothquant:alpha=0.5 > int8-dynamic",
+    "smoothquant:alpha=auto > int8-dynamic",
     "float8-weight-only",
     "float8-dynamic",
     "int4-weight-only:group_size=64,zero_point=integer,qparams=minmax",
@@ -68,6 +70,9 @@ def main(
     """Measure every scheme of the tables, and show them."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     done = json.loads(results.read_text("utf-8")) if results.is_file() else {"language": {}, "encoder": {}}
+    if done.get("seed", seed) != seed or done.get("fingerprint", {}).get("device", device) != device:
+        console.print(f"{results} holds results of another seed or device. Give another file.")
+        raise typer.Exit(2)
     done |= {
         "command": "hatch run demo:accuracy --results FILE",
         "fingerprint": fingerprint(device),

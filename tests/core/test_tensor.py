@@ -513,3 +513,15 @@ def test_two_weights_hash_alike_only_if_their_metadata_is_the_same():
         step_tensor(N, K).map(lambda codes: codes.int()),
     ]
     assert base not in {other._stable_hash_for_caching() for other in others}
+
+
+def test_a_layout_without_rows_is_not_cut_in_silence():
+    """No row data and no portable form: refused, where the codes would stay whole under a cut shape."""
+
+    class Whole(StepTensor):
+        row_data = ()
+
+    codes = step_tensor(4, 6).codes
+    weight = Whole(codes, None, shape=(4, 6), dtype=torch.float32, step=0.5)
+    with pytest.raises(NotImplementedError, match=r"Whole does not implement a cut: its row_data is empty"):
+        weight[1:3]

@@ -49,6 +49,11 @@ def test_an_embedding_alone(scheme):
     assert torch.equal(model[0](ids), model[0].weight.dequantize()[ids])
 
 
+def test_an_embedding_that_writes_to_itself_is_left_alone():
+    model = nn.Sequential(nn.Embedding(50, 64, max_norm=1.0), nn.Linear(64, 64))
+    assert ao.quantize_(model, "int8-weight-only").skipped["0"].startswith("its max_norm rewrites rows")
+
+
 @pytest.mark.parametrize("scheme", WEIGHT_ONLY)
 def test_an_embedding_that_is_tied_to_the_head_stays_tied(scheme, tmp_path):
     model = Tied().eval()

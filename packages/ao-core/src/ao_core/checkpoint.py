@@ -124,6 +124,13 @@ def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
             raise CheckpointError(
                 f"{name!r} of the model's state is {type(tensor).__name__}, no tensor, and can't be saved."
             )
+        if hasattr(tensor, "full_tensor"):
+            raise CheckpointError(
+                f"{name!r} is sharded over several processes. Gather the state first, with "
+                "torch.distributed.checkpoint.state_dict.get_model_state_dict(model, "
+                "options=StateDictOptions(full_state_dict=True)), load it into a model that is not sharded, "
+                "and save that."
+            )
         if tensor.device.type == "meta":
             raise CheckpointError(f"{name!r} lies on the meta device and has no values to save.")
         if id(tensor) in first:

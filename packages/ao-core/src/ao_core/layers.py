@@ -137,6 +137,8 @@ def _judge(
         return None, f"it is quantized already ({parameter.scheme})"
     if attention is not None:
         return None, f"nn.MultiheadAttention {attention!r} uses it without calling a Linear"
+    if isinstance(module, nn.Embedding) and module.max_norm is not None:
+        return None, "its max_norm rewrites rows as they are looked up"
     known: list[tuple[type | tuple[type, ...], Kind]] = [
         (nn.Linear, "linear"),
         (nn.Embedding, "embedding"),

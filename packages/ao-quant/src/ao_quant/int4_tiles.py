@@ -116,12 +116,21 @@ def tile_packed(
     packed: Tensor, scale: Tensor, zero: Tensor | None, columns: int, group_size: int, tiling: str
 ) -> tuple[Tensor, Tensor]:
     """:func:`tile` for codes packed two to a byte ``[N, ceil(K / 2)]``, some rows at a time."""
-    parts = []
-    for start in range(0, packed.shape[0], _ROWS_AT_ONCE):
+    n, made = packed.shape[0], []
+    tiles, filled = None, 0
+    for start in range(0, n, _ROWS_AT_ONCE):
         rows = slice(start, start + _ROWS_AT_ONCE)
         codes = pack.unpack(packed[rows], bits=4, columns=columns)
-        parts.append(tile(codes, scale[rows], None if zero is None else zero[rows], group_size, tiling))
-    return torch.cat([tiles for tiles, _ in parts]), torch.cat([both for _, both in parts], 1)
+        some, both = tile(codes, scale[rows], None if zero is None else zero[rows], group_size, tiling)
+        if tiles is None:  # all at once and not joined in the end, which would hold them twice
+            rows_a_tile = both.shape[1] // some.shape[0]
+            whole = -(-n // _BLOCK[tiling]) * _BLOCK[tiling] // rows_a_tile
+            tiles = some.new_empty(whole, *some.shape[1:])
+        tiles[filled : filled + some.shape[0]] = some
+        filled += some.shape[0]
+        made.append(both)
+    assert tiles is not None  # a weight has rows
+    return tiles, torch.cat(made, 1)
 
 
 def untile_packed(

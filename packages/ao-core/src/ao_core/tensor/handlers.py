@@ -185,6 +185,8 @@ def _cut(tensor: Q, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], o
     names = tensor.row_data if tensor.row_data is not None else tuple(tensor.stored())
     if not names and (portable := tensor.portable()) is not tensor:
         return _cut(portable, dim, fn, outer)  # type: ignore[return-value]
+    if not names:
+        refuse(type(tensor), "a cut: its row_data is empty and it has no portable() form")
     for name in names:
         data = getattr(tensor, name)
         if data is not None and (data.ndim <= dim or data.shape[dim] != tensor.shape[dim]):
