@@ -173,17 +173,26 @@ def _convert(model: Any, name: str, batches: Callable[[], list[torch.Tensor]]) -
 
 
 def _show(done: dict[str, Any]) -> None:
-    language = Table("scheme", "share of bf16", "perplexity", "ΔNLL ± SE", title="SmolLM2-135M", box=None)
+    language = _table("SmolLM2-135M", "share of bf16", "perplexity", "ΔNLL ± SE")
     for name, row in done["language"].items():
         delta = "" if name == "float" else f"{row['delta_nll']:+.4f} ± {row['delta_nll_se']:.4f}"
         language.add_row(name, _share(row), f"{row['perplexity']:.3f}", delta)
-    encoder = Table("scheme", "share of bf16", "cosine", "lowest", "top-1", title="MiniLM-L6", box=None)
+    encoder = _table("MiniLM-L6", "share of bf16", "cosine", "lowest", "top-1")
     for name, row in done["encoder"].items():
         encoder.add_row(
             name, _share(row), f"{row['cosine']:.4f}", f"{row['cosine_min']:.4f}", f"{row['top1']:.3f}"
         )
     console.print(language)
     console.print(encoder)
+
+
+def _table(title: str, *columns: str) -> Table:
+    """Schemes fold where the terminal is narrow: cut short, several would look the same."""
+    table = Table(title=title, box=None, pad_edge=False)
+    table.add_column("scheme", overflow="fold")
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
 
 
 def _share(row: dict[str, Any]) -> str:

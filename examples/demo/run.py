@@ -110,20 +110,21 @@ def _better(row: Result, other: Result) -> bool:
 
 def _show(rows: list[Result], dtype: str) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
-    for column in ("scheme", "layers", "MB", "perplexity", "ΔNLL ± SE", "decode", "prefill"):
+    for column in ("scheme", "MB", "perplexity", "ΔNLL ± SE", "decode", "prefill"):
         table.add_column(column, justify="left" if column == "scheme" else "right", no_wrap=True)
     for row in rows:
         delta = "" if row.delta is None else f"{row.delta.mean:+.4f} ± {row.delta.se:.4f}"
-        layers = "" if row.report is None else str(len(row.report.converted))
         decode = "-" if row.speed.decode_tokens_per_s is None else f"{row.speed.decode_tokens_per_s:.1f}"
         table.add_row(
-            row.name, layers, f"{row.bytes / 1e6:.1f}", _short(row.score.perplexity), delta, decode,
+            row.name, f"{row.bytes / 1e6:.1f}", _short(row.score.perplexity), delta, decode,
             f"{row.speed.prefill_tokens_per_s:.0f}",
         )  # fmt: skip
     console.print(table)
+    layers = max(len(row.report.converted) for row in rows if row.report)
     console.print(
-        f"SmolLM2-135M-Instruct, {dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}; "
-        f"{rows[0].score.tokens_scored} tokens of Wikipedia; decode and prefill in tokens/s"
+        f"SmolLM2-135M-Instruct, {layers} linears, {dtype}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}; {rows[0].score.tokens_scored} tokens of Wikipedia; "
+        "decode and prefill in tokens/s"
     )
     skipped = {n: why for row in rows if row.report for n, why in row.report.skipped.items()}
     for name, why in skipped.items():

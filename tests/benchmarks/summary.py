@@ -44,7 +44,7 @@ def _cpu() -> str:
     """The processor's name, and the instructions that decide which kernel runs."""
     text = Path("/proc/cpuinfo").read_text(encoding="utf-8")
     name = re.search(r"model name\s*: (.*)", text)
-    flags = [flag for flag in ("amx_bf16", "amx_int8", "avx512_vnni") if flag in text]
+    flags = [flag for flag in ("amx_bf16", "amx_int8", "avx512_bf16", "avx512_vnni") if flag in text]
     return f"{name.group(1) if name else platform.processor()} ({', '.join(flags)})"
 
 
