@@ -460,7 +460,7 @@ def test_dtensors_are_redistributed_and_multiplied(ranks):
     [
         ("columns", r"TableTensor can't be cut along dimension 1.*dequantize"),
         ("no rows", r"LooseTensor can't be cut along dimension 0: 'table' is \(16,\)"),
-        ("one piece", r"WholeTensor can't be sharded by rows.*ignored_params"),
+        ("one piece", r"WholeTensor can't be cut along dimension 0.*ignored_params"),
         ("scattered", r"Nf4Tensor can't be sent.*src_data_rank=None"),
         ("broadcast", r"Nf4Tensor can't be sent.*src_data_rank=None"),
         ("replicas", r"can't be sent.*init_sync=False"),

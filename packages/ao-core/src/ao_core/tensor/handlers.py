@@ -186,7 +186,11 @@ def _cut(tensor: Q, dim: int, fn: Callable[[torch.Tensor, int], torch.Tensor], o
     if not names and (portable := tensor.portable()) is not tensor:
         return _cut(portable, dim, fn, outer)  # type: ignore[return-value]
     if not names:
-        refuse(type(tensor), "a cut: its row_data is empty and it has no portable() form")
+        raise NotImplementedError(
+            f"{type(tensor).__name__} can't be cut along dimension {dim}: its row_data is empty and it "
+            "has no portable() form. Call .dequantize() for a plain tensor, or keep it out of FSDP2 with "
+            "fully_shard(..., ignored_params={layer.weight})."
+        )
     for name in names:
         data = getattr(tensor, name)
         if data is not None and (data.ndim <= dim or data.shape[dim] != tensor.shape[dim]):
