@@ -45,6 +45,7 @@ LANGUAGE = (
     "int4-weight-only",
     "nf4",
     "nf4:double_quant=False",
+    "nf4:qparams=mse",
     "int8-dynamic-int4-weight:qparams=minmax",
     "int8-dynamic-int4-weight",
     "uint4",

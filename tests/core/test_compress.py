@@ -227,6 +227,41 @@ class LateError(ao.BlockAlgorithm):
             raise RuntimeError("it failed")
 
 
+def test_an_algorithm_may_look_at_the_whole_model_before_its_first_block():
+    """Every stage in float, whatever is done to one is undone, and only the real walk's notes remain."""
+
+    class Looking(ao.BlockAlgorithm):
+        name = "looking"
+
+        def __init__(self, largest=None):
+            self.largest = largest
+
+        def prepared(self, survey):
+            found = {}
+
+            def look(stage):
+                for name in stage.layers:
+                    found[name] = float(stage.weight(name).abs().max())
+                    stage.replace(name, stage.weight(name) * 0)
+                    stage.note(name, looked=True)
+
+            survey(look)
+            return Looking(found)
+
+        def visit(self, stage):
+            for name in stage.layers:
+                stage.note(name, largest=self.largest[name])
+
+    model = make()
+    linears = {name: layer for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    expected = {name: {"largest": float(it.weight.detach().abs().max())} for name, it in linears.items()}
+    weights = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    report = ao.compress_(model, Looking(), data())
+    assert dict(report.notes) == expected
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, weights[name])
+
+
 def test_a_weight_that_becomes_infinite_is_refused():
     model = make()
 

@@ -136,6 +136,32 @@ def test_empty_blocks_do_not_widen_the_grid():
     assert not Nf4().quantize(weight).dequantize()[:, 64:192].any()
 
 
+@pytest.mark.parametrize("columns", [64, 100, 576])
+def test_the_least_squared_error_of_a_block(columns):
+    """Against float64 and 701 multiples of the absmax; blocks of zeros and of one weight stay exact."""
+    weight = gaussian(17, columns)
+    weight[3, :64] = 0
+    weight[5] = 0
+    weight[5, 7] = 2.5
+    quantized = Nf4(double_quant=False, qparams="mse").quantize(weight)
+    levels = torch.tensor(NF4_LEVELS, dtype=torch.float64)
+    middles = (levels[1:] + levels[:-1]) / 2
+    for group, block in enumerate(weight.double().split(64, -1)):
+        full = block.abs().amax(-1, keepdim=True)
+        powers = []
+        for factor in torch.linspace(0.6, 1.3, 701, dtype=torch.float64):
+            scale = (full * factor).clamp_min(1e-30)
+            powers.append((levels[torch.bucketize(block / scale, middles)] * scale - block).square().sum(-1))
+        found = quantized.dequantize()[:, group * 64 : group * 64 + 64].double() - block
+        least, plain = torch.stack(powers).amin(0), powers[400]
+        power = found.square().sum(-1)
+        assert (power <= plain * (1 + 1e-6)).all() and (power >= least * (1 - 1e-6)).all()
+        assert power.sum() <= 1.02 * least.sum()
+    rounded = PLAIN.quantize(weight).dequantize()
+    assert (quantized.dequantize() - weight).norm() < 0.95 * (rounded - weight).norm()
+    assert torch.equal(quantized.dequantize()[5], weight[5])
+
+
 def test_zeros_get_the_level_zero():
     weight = torch.zeros(3, 100)
     for scheme in (Nf4(), PLAIN):
@@ -143,7 +169,7 @@ def test_zeros_get_the_level_zero():
 
 
 @pytest.mark.parametrize("value", [0.0, 3.0, -1e-30, 1e-42, LARGEST, -LARGEST])
-@pytest.mark.parametrize("scheme", [Nf4(), PLAIN], ids=str)
+@pytest.mark.parametrize("scheme", [Nf4(), PLAIN, Nf4(qparams="mse")], ids=str)
 def test_constant_weights_are_kept(value, scheme):
     """To within the grid; below 1e-38, where float32 has few digits left, they may become zero."""
     weight = torch.full((3, 100), value)
@@ -219,6 +245,7 @@ def test_an_input_of_another_width_is_refused():
         ({"scaler_block_size": -1}, "scaler_block_size 1 or more.*given -1"),
         ({"block_size": True}, "block_size 1 or more.*given True"),
         ({"double_quant": 1}, "double_quant true or false.*given 1"),
+        ({"qparams": "minmax"}, "qparams 'absmax' or 'mse'.*given 'minmax'"),
     ],
 )
 def test_options_are_checked(options, words):

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import ao_core as ao
-from ao_quant.smoothquant import SmoothQuant, column_absmax, output_error, smoothing_factors
+from ao_quant.smoothquant import GRID, SmoothQuant, column_absmax, output_error, smoothing_factors
 
 SCHEME = "int8-dynamic"
 FOLDED, EXPLICIT = "folded into ", "explicit input scale"
@@ -245,6 +245,25 @@ def test_it_helps():
     assert errors["auto"] > errors["none"] + 6
     for layer in ("0.up", "0.down"):
         assert reports["auto"].notes[layer]["error"] <= reports["half"].notes[layer]["error"]
+
+
+def test_the_search_takes_one_exponent_with_the_least_power_of_all_errors():
+    """Two groups that would each take another one; what each exponent costs, asked of it one by one."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(64, 48), nn.GELU(), nn.Linear(48, 17)).eval()
+    model[0].weight.data[:, 7] *= 20
+    data = [torch.randn(2, 40, 64) * torch.logspace(-2, 2, 64)]
+    powers, own = {}, {}
+    for alpha in GRID:
+        report, _ = smoothed(copy.deepcopy(model), data, alpha=alpha)
+        facts = [report.notes[name] for name in ("0", "2")]
+        own[alpha] = [min(each["error"], each["error_unsmoothed"]) for each in facts]
+        powers[alpha] = sum(error**2 for error in own[alpha])
+    report, _ = smoothed(model, data, alpha="auto")
+    best = min(powers, key=powers.get)
+    assert {each["alpha"] for each in report.notes.values()} == {best}
+    alone = [min(own, key=lambda alpha: own[alpha][group]) for group in range(2)]
+    assert alone[0] != alone[1]
 
 
 def test_smoothing_that_does_not_help_is_not_done():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, cast
 
@@ -53,6 +53,15 @@ class BlockAlgorithm:
     def rejects(self, scheme: Scheme | None) -> str | None:
         """Why the algorithm can do nothing for layers that get ``scheme`` (None: stay float), or None."""
         return None
+
+    def prepared(self, survey: Callable[[Callable[[Stage], None]], None]) -> BlockAlgorithm:
+        """The algorithm with what it must know of the whole model before its first block; itself by default.
+
+        Args:
+            survey: ``survey(look)`` walks the float model once and calls ``look(stage)`` for each stage.
+                What ``look`` changes is undone.
+        """
+        return self
 
     def visit(self, stage: Stage) -> None:
         """Do to the layers of ``stage`` what is to be done, through its methods.
@@ -139,8 +148,10 @@ def _compress(
     before, old = model_bytes(model).total, {name: stored_bytes(it.weight) for name, it in layers.items()}
     walker = Walker(model, layers, schemes, batches, device=device)
 
+    ready = [algorithm.prepared(lambda look: _survey(walker, look, progress)) for algorithm in algorithms]
+
     def visit(stage: Stage) -> None:
-        for algorithm in algorithms:
+        for algorithm in ready:
             algorithm.visit(stage)
         stage.finish(providers)
 
@@ -155,6 +166,12 @@ def _compress(
         notes=walk.notes,
         walk=walk.how,
     )
+
+
+def _survey(walker: Walker, look: Callable[[Stage], None], progress: bool) -> None:
+    """Walk the model as it is, every block on float inputs."""
+    walker.walk(look, progress=progress)
+    walker.restore()
 
 
 def _completed(report: Report, name: str) -> CompressReport:

@@ -6,7 +6,7 @@ stays the same, and activations that are quantized with one scale a token lose l
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -17,7 +17,8 @@ from ao_core import BlockAlgorithm, OptionError, Scheme
 from ao_core.calibrate import Absmax, Collector, Sample, Stage
 from ao_quant.smoothquant_fold import Folder
 
-GRID = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+GRID = tuple(step / 20 for step in range(6, 19))
+"""The exponents that ``alpha="auto"`` tries: 0.3 to 0.9."""
 
 
 def smoothing_factors(x_absmax: torch.Tensor, w_absmax: torch.Tensor, alpha: float) -> torch.Tensor:
@@ -88,10 +89,8 @@ class SmoothQuant(BlockAlgorithm):
     """Smooth the inputs of layers whose scheme quantizes activations.
 
     Attributes:
-        alpha: the exponent of equation 4, 0 to 1, or ``"auto"``: for each group of layers with the
-            same input the one of :data:`GRID`, or none at all, that measures best on its own outputs.
-            SmolLM2-135M, int8-dynamic, 128 windows, three re-parametrizations: ΔNLL 0.0099 with 0.6,
-            0.0162 with 0.5, 0.0141 with auto, 0.0249 unsmoothed.
+        alpha: the exponent of equation 4, 0 to 1, or ``"auto"``: the one of :data:`GRID` that
+            measures best on the whole model, see :meth:`prepared`. It takes a second walk.
         rows: tokens to measure on.
     """
 
@@ -116,8 +115,60 @@ class SmoothQuant(BlockAlgorithm):
             return f"{scheme} leaves activations in float; it needs one that does not, such as int8-dynamic"
         return None
 
+    def prepared(self, survey: Callable[[Callable[[Stage], None]], None]) -> SmoothQuant:
+        """With ``alpha="auto"``: with the exponent that is found by one walk over the float model.
+
+        It has the least sum of squared :func:`output_error` over all groups of layers with the same input:
+        their errors are independent, so their powers add up. It is one exponent for all, since the best of
+        a single group fits the few tokens that it was measured on.
+        """
+        if self.alpha != "auto":
+            return self
+        powers = torch.zeros(len(GRID), dtype=torch.float64)
+
+        def look(stage: Stage) -> None:
+            for group in self._groups(stage):
+                unsmoothed = group.error()
+                errors = [min(group.error(group.factors(alpha)), unsmoothed) for alpha in GRID]
+                powers.add_(torch.tensor(errors, dtype=torch.float64).square())
+
+        survey(look)
+        return _Found(GRID[int(powers.argmin())], self.rows)
+
     def visit(self, stage: Stage) -> None:
         """Smooth each group of layers that read the same input."""
+        assert not isinstance(self.alpha, str)
+        folder: Folder | None = None
+        for group in self._groups(stage):
+            folder = folder or Folder(stage)
+            s = group.factors(self.alpha)
+            before, after = group.error(), group.error(s)
+            if self._leaves(before, after):
+                facts = {"smoothquant": "smoothing measured no better", "alpha": self.alpha, "error": before}
+            else:
+                where = folder.fold(group.names, s)
+                if where is None:
+                    for name in group.names:
+                        stage.scale_input(name, 1 / s)
+                facts = {
+                    "smoothquant": f"folded into {where}" if where else "explicit input scale",
+                    "alpha": self.alpha,
+                    "error_unsmoothed": before,
+                    "error": after,
+                }
+            for name in group.names:
+                stage.note(name, **facts)
+
+    def _leaves(self, before: float, after: float) -> bool:
+        """Whether a group stays unsmoothed: never with an exponent that was asked for."""
+        return False
+
+    def _groups(self, stage: Stage) -> Iterator[_Group]:
+        """The layers to smooth, those with the same input together; notes why others are left out.
+
+        Last first: folding a scale into an earlier linear changes its rows, which is to be known when that
+        one is smoothed.
+        """
         names = []
         for name, layer in stage.layers.items():
             reason = self.rejects(stage.schemes[name])
@@ -127,40 +178,36 @@ class SmoothQuant(BlockAlgorithm):
                 names.append(name)
             else:
                 stage.note(name, smoothquant=reason)
+        if not names:
+            return
         inputs = stage.collect(lambda columns, device: Inputs(columns, device, rows=self.rows), names)
-        # Last first: folding a scale into an earlier linear changes its rows, which is to be known when
-        # that one is smoothed.
-        folder = Folder(stage) if names else None
-        for group in reversed(stage.groups):
-            members = [name for name in group if name in names and inputs[name][0].tokens]
-            if members and folder:
-                self._smooth(stage, members, inputs[members[0]][0], folder)
         for name in names:
             if not inputs[name][0].tokens:
                 stage.note(name, smoothquant="it saw no token, and was not smoothed")
+        for group in reversed(stage.groups):
+            if members := [name for name in group if name in names and inputs[name][0].tokens]:
+                yield _Group(stage, members, inputs[members[0]][0])
 
-    def _smooth(self, stage: Stage, names: Sequence[str], inputs: Inputs, folder: Folder) -> None:
-        weights = [stage.weight(name) for name in names]
-        schemes = [scheme for name in names if (scheme := stage.schemes[name]) is not None]
-        x, w_absmax = inputs.sample.value, column_absmax(weights)
-        before = output_error(x, weights, schemes)
-        trials: list[tuple[float, float, torch.Tensor]] = []
-        for alpha in GRID if isinstance(self.alpha, str) else (self.alpha,):
-            s = smoothing_factors(inputs.absmax.value, w_absmax, alpha)
-            trials.append((output_error(x, weights, schemes, s), alpha, s))
-        after, alpha, s = min(trials, key=lambda trial: trial[:2])
-        if self.alpha == "auto" and after >= before:
-            facts = {"smoothquant": "smoothing measured no better", "error": before}
-        else:
-            where = folder.fold(names, s)
-            if where is None:
-                for name in names:
-                    stage.scale_input(name, 1 / s)
-            facts = {
-                "smoothquant": f"folded into {where}" if where else "explicit input scale",
-                "alpha": alpha,
-                "error_unsmoothed": before,
-                "error": after,
-            }
-        for name in names:
-            stage.note(name, **facts)
+
+class _Found(SmoothQuant):
+    """With the exponent that a search found, and only where it helps."""
+
+    def _leaves(self, before: float, after: float) -> bool:
+        return after >= before
+
+
+class _Group:
+    """Layers of a stage that read the same input."""
+
+    def __init__(self, stage: Stage, names: Sequence[str], inputs: Inputs) -> None:
+        self.names, self.inputs = names, inputs
+        self.weights = [stage.weight(name) for name in names]
+        self.schemes = [scheme for name in names if (scheme := stage.schemes[name]) is not None]
+
+    def factors(self, alpha: float) -> torch.Tensor:
+        """:func:`smoothing_factors`, ``[K]``."""
+        return smoothing_factors(self.inputs.absmax.value, column_absmax(self.weights), alpha)
+
+    def error(self, s: torch.Tensor | None = None) -> float:
+        """:func:`output_error`, smoothed by ``s`` ``[K]``."""
+        return output_error(self.inputs.sample.value, self.weights, self.schemes, s)

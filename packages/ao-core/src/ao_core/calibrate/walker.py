@@ -65,6 +65,7 @@ class Walker:
 
     def walk(self, visit: Visit, *, progress: bool = False) -> Walk:
         """Call ``visit`` for each stage. If anything raises, the model is as it was."""
+        self._notes = {}
         with torch.no_grad(), _evaluating(self.model), reporting("calibrating", enabled=progress) as show:
             try:
                 how = self._walk(visit, show)
