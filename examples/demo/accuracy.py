@@ -38,6 +38,7 @@ LANGUAGE = (
     "float8-dynamic",
     "int4-weight-only:group_size=64,zero_point=integer,qparams=minmax",
     "int4-weight-only:group_size=64,zero_point=integer",
+    "gptq > int4-weight-only:group_size=64,zero_point=integer",
     "int4-weight-only:group_size=64,qparams=minmax",
     "int4-weight-only:group_size=64,qparams=hqq",
     "int4-weight-only:group_size=64",

@@ -151,9 +151,10 @@ def _compress(
     ready = [algorithm.prepared(lambda look: _survey(walker, look, progress)) for algorithm in algorithms]
 
     def visit(stage: Stage) -> None:
+        stage.providers = providers
         for algorithm in ready:
             algorithm.visit(stage)
-        stage.finish(providers)
+        stage.finish()
 
     walk = walker.walk(visit, progress=progress)
     done = {name: it for name, it in layers.items() if isinstance(it.weight, QuantizedTensor)}

@@ -57,6 +57,11 @@ class Scheme:
         """Whether activations stay as they are; only such schemes fit embeddings and convolutions."""
         return math.isinf(self.min_linear_sqnr)
 
+    @property
+    def group_columns(self) -> int:
+        """Neighbouring columns that share parameters, the last may be fewer; -1: all columns."""
+        return -1
+
     def rejects(self, weight: torch.Tensor) -> str | None:
         """Why ``weight`` can't be quantized by this scheme, or None. Looks at metadata only.
 
@@ -96,9 +101,21 @@ class Scheme:
         """
         self.check(weight)
         with torch.no_grad():
-            packed = self._quantized(weight.detach())
-            packed.scheme, packed.provider = str(self), provider
-            return packed.repacked()
+            return self._finished(self._quantized(weight.detach()), provider)
+
+    def assemble(
+        self, codes: torch.Tensor, qparams: QParams, *, dtype: torch.dtype, provider: str | None = None
+    ) -> QuantizedTensor:
+        """The weight that has these codes ``[..., N, K]``: :meth:`pack`, laid out for the codes' device.
+
+        For algorithms that choose codes by other means than :meth:`encode` of the weight itself.
+        """
+        with torch.no_grad():
+            return self._finished(self.pack(codes, qparams, dtype=dtype), provider)
+
+    def _finished(self, packed: QuantizedTensor, provider: str | None) -> QuantizedTensor:
+        packed.scheme, packed.provider = str(self), provider
+        return packed.repacked()
 
     def _quantized(self, weight: torch.Tensor) -> QuantizedTensor:
         rows = max(_SLICE // (weight.numel() // weight.shape[0]), 1)

@@ -137,6 +137,11 @@ class _Int4(Scheme):
     rowwise: ClassVar[bool] = True
     group_size: int
 
+    @property
+    def group_columns(self) -> int:
+        """See :class:`~ao_core.Scheme`."""
+        return self.group_size
+
     def _checked(self) -> None:
         if self.group_size not in GROUP_SIZES or isinstance(self.group_size, bool):
             raise OptionError(

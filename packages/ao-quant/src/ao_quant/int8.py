@@ -50,6 +50,11 @@ class _Int8(Scheme):
 
     group_size: int
 
+    @property
+    def group_columns(self) -> int:
+        """See :class:`~ao_core.Scheme`."""
+        return self.group_size
+
     def choose_qparams(self, weight: torch.Tensor) -> QParams:
         """``scale`` ``[..., N, G]``, float32.
 

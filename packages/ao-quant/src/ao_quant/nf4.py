@@ -109,6 +109,11 @@ class Nf4(Scheme):
         if self.qparams not in get_args(Range):
             raise OptionError(f"{self.name} takes qparams 'absmax' or 'mse', and was given {self.qparams!r}.")
 
+    @property
+    def group_columns(self) -> int:
+        """See :class:`~ao_core.Scheme`."""
+        return self.block_size
+
     def choose_qparams(self, weight: torch.Tensor) -> QParams:
         """``absmax`` float32 ``[..., N, G]``: with double quantization, as it will be read back.
 

@@ -42,6 +42,7 @@ class Stage:
         name: of the block, such as ``"model.layers.3"``; empty where the whole model is the stage.
         module: the block, or the model.
         schemes: layer → the scheme that the plan gives it, or None.
+        providers: layer → the kernel provider that the plan pins, where it does.
         notes: layer → what algorithms have to say about it, JSON-able.
     """
 
@@ -56,6 +57,7 @@ class Stage:
         owners: Mapping[int, Sequence[str]],
     ) -> None:
         self.name, self.module, self.schemes = name, module, schemes
+        self.providers: Mapping[str, str | None] = {}
         self.notes: dict[str, dict[str, Any]] = {name: {} for name in layers}
         self._layers, self._inputs, self._journal, self._owners = layers, inputs, journal, owners
         self._scales: dict[str, torch.Tensor] = {}
@@ -191,10 +193,10 @@ class Stage:
         """Add JSON-able facts about a layer to the report."""
         self.notes[name] |= facts
 
-    def finish(self, providers: Mapping[str, str | None]) -> None:
+    def finish(self) -> None:
         """Quantize what is still in float with the plan's scheme, where it has one."""
         for name, layer in self._layers.items():
-            scheme, provider = self.schemes[name], providers.get(name)
+            scheme, provider = self.schemes[name], self.providers.get(name)
             if scheme is None or isinstance(layer.weight, QuantizedTensor):
                 continue
             if layer.kind in ("linear", "experts"):

@@ -166,11 +166,16 @@ def check_columns_encode_alone(scheme: Scheme, device: torch.device) -> None:
     assert not codes.is_floating_point(), f"codes are {codes.dtype}, not integers"
     decoded = scheme.decode(codes, qparams)
     torch.testing.assert_close(decoded, scheme.quantize(weight).dequantize(), rtol=1e-6, atol=0)
-    groups = {name: value.shape[-1] for name, value in qparams.items() if value.ndim == 2}
-    if set(groups.values()) <= {1}:
-        for column in (0, 63, 99):
-            part = scheme.encode(weight[:, column : column + 1], qparams)
-            assert torch.equal(part, codes[:, column : column + 1]), f"column {column} alone differs"
+    size = 100 if scheme.group_columns == -1 else min(scheme.group_columns, 100)
+    for name, value in qparams.items():
+        assert value.shape[-1] == -(-100 // size), (
+            f"{name} is {tuple(value.shape)} for groups of {size} columns"
+        )
+    for column in (0, 63, 99):
+        group = column // size
+        own = {name: value[..., group : group + 1] for name, value in qparams.items()}
+        part = scheme.encode(weight[:, column : column + 1], own)
+        assert torch.equal(part, codes[:, column : column + 1]), f"column {column} alone differs"
 
 
 def check_gradient(scheme: Scheme, device: torch.device) -> None:
