@@ -119,8 +119,7 @@ class SmoothQuant(BlockAlgorithm):
         """With ``alpha="auto"``: with the exponent that is found by one walk over the float model.
 
         It has the least sum of squared :func:`output_error` over all groups of layers with the same input:
-        their errors are independent, so their powers add up. It is one exponent for all, since the best of
-        a single group fits the few tokens that it was measured on.
+        their errors are independent, so their powers add up. Groups that it does not help are left.
         """
         if self.alpha != "auto":
             return self
