@@ -202,10 +202,11 @@ class _Group:
         self.names, self.inputs = names, inputs
         self.weights = [stage.weight(name) for name in names]
         self.schemes = [scheme for name in names if (scheme := stage.schemes[name]) is not None]
+        self.w_absmax = column_absmax(self.weights)
 
     def factors(self, alpha: float) -> torch.Tensor:
         """:func:`smoothing_factors`, ``[K]``."""
-        return smoothing_factors(self.inputs.absmax.value, column_absmax(self.weights), alpha)
+        return smoothing_factors(self.inputs.absmax.value, self.w_absmax, alpha)
 
     def error(self, s: torch.Tensor | None = None) -> float:
         """:func:`output_error`, smoothed by ``s`` ``[K]``."""
