@@ -137,19 +137,18 @@ def use_provider(provider: str, *, op: str | None = None) -> Iterator[None]:
 
 def dispatch(op: Op, args: tuple[Any, ...], pinned: str | None) -> Any:
     """Run ``op`` with the kernel that the choice order names."""
-    signature: list[Any] = [op.name, pinned, _forced.get()]
-    for index, arg in enumerate(args):
-        if isinstance(arg, torch.Tensor):
-            signature.append(arg.dtype)
-            signature.append(arg.device)
-            if index >= op.activations:
-                signature.append(arg.shape)
-        else:
-            signature.append(_hashable(arg))
-    fn = _table.get(tuple(signature))
+    activations = op.activations
+    signature = (
+        op.name,
+        pinned,
+        _forced.get(),
+        *[(a.dtype, a.device) if isinstance(a, torch.Tensor) else _hashable(a) for a in args[:activations]],
+        *[_outline(a) if isinstance(a, torch.Tensor) else _hashable(a) for a in args[activations:]],
+    )
+    fn = _table.get(signature)
     if fn is None:
         fn = choose(op, key_of(op, args), pinned).fn
-        _table[tuple(signature)] = fn
+        _table[signature] = fn
     return fn(*args)
 
 
@@ -268,6 +267,10 @@ def _log_once(kernel: Kernel, reason: str) -> None:
     if mark not in _logged:
         _logged.add(mark)
         logger.info("%s: kernel %s passed over: %s", kernel.op, kernel.provider, reason)
+
+
+def _outline(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.dtype, tensor.device, tensor.shape
 
 
 def _hashable(option: Any) -> Any:

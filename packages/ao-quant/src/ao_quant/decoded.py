@@ -43,8 +43,8 @@ def linear_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | N
 
 def check_packed_input(x: torch.Tensor, packed: torch.Tensor) -> None:
     """Raise RuntimeError unless ``x`` ``[..., K]`` may belong to 4-bit codes ``[N, ceil(K / 2)]``."""
-    if -(-x.shape[-1] // 2) != packed.shape[1]:
-        most = 2 * packed.shape[1]
+    if -(-x.size(-1) // 2) != packed.size(1):
+        most = 2 * packed.size(1)
         raise RuntimeError(
             f"a linear with {most - 1} or {most} input features was given an input {tuple(x.shape)}; "
             "its last dimension must match."

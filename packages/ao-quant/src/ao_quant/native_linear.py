@@ -80,14 +80,17 @@ def linear(
     k, n = x.size(-1), codes.size(0)
     if scale.size(1) != (1 if group_size < 0 else -(-k // group_size)):
         raise RuntimeError(_wrong_groups(x, scale, group_size))
-    out = x.new_empty(*x.shape[:-1], n)
     rows = x.numel() // k
+    out = x.new_empty(rows, n) if x.dim() == 2 else x.new_empty(*x.shape[:-1], n)
     if rows == 0:
         return out
     if bias is not None:
         bias = bias.contiguous() if bias.dtype in (torch.float32, torch.bfloat16) else bias.float()
     x, codes, scale = x.contiguous(), codes.contiguous(), scale.contiguous()
-    zero, offset, step = _contiguous(zero), _contiguous(offset), _contiguous(step)
+    if zero is not None:
+        zero = zero.contiguous()
+    if offset is not None and step is not None:
+        offset, step = offset.contiguous(), step.contiguous()
     form = _TYPES[x.dtype]
     flags = (
         kind
@@ -140,10 +143,6 @@ def _wrong_groups(x: torch.Tensor, scale: torch.Tensor, group_size: int) -> str:
         f"an input {tuple(x.shape)} in groups of {group_size} columns needs {groups} scales a row, and the "
         f"weight has {scale.shape[1]}: it was quantized for another input size."
     )
-
-
-def _contiguous(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous()
 
 
 def _pointer(tensor: torch.Tensor | None) -> int | None:

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
 from ao_core.numerics import affine, codebook, pack
 from ao_quant.nf4_ops import NF4_LINEAR, block_absmax, dequantize_nf4, nf4_levels
+from ao_quant.ranges import total
 
 # The largest root whose fourth power float32 holds, less some steps that rounding may take up.
 _LARGEST_ROOT = 2.0**32 * (1 - 2.0**-20)
@@ -180,7 +181,7 @@ def _least_squares(weight: torch.Tensor, absmax: torch.Tensor, block_size: int) 
         for factor in (1.0, *_FACTORS):
             trial = full * factor
             error = _decode(_encode(part, trial, block_size), trial, block_size).sub_(part).square_()
-            power = F.pad(error, (0, whole - error.shape[1])).unflatten(1, (-1, block_size)).sum(-1)
+            power = total(F.pad(error, (0, whole - error.shape[1])).unflatten(1, (-1, block_size)))
             wins = power < least
             found, least = torch.where(wins, trial, found), torch.where(wins, power, least)
         best[rows] = found

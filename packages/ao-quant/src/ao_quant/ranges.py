@@ -122,7 +122,8 @@ def hqq(
     """The midpoint that a half-quadratic solver finds for the range's scale: few large errors are forgiven.
 
     Minimizes ``|W - decode(encode(W))|_p`` with p < 1 by splitting off a sparse error ``E``: ``E`` is the
-    shrunk residual, the midpoint is the mean of ``W - E`` less its steps. Stops when no group gains.
+    shrunk residual, the midpoint is the mean of ``W - E`` less its steps. A group is done when it gains
+    no more.
 
     Source: Badri and Shaji, "Half-Quadratic Quantization of Large Machine Learning Models" (2023), eq. 1-5.
     """
@@ -131,18 +132,19 @@ def hqq(
     zero = start.zero.float().unsqueeze(-1)  # type: ignore[union-attr]
     count = real.sum(-1, keepdim=True)
     best_zero, least = zero, torch.full_like(zero, torch.inf)
+    gains = torch.ones_like(zero, dtype=torch.bool)
     for _ in range(iterations):
         levels = ((groups - zero) / scale).round_().clamp_(-MIDDLE, QMAX - MIDDLE) * scale
         residual = (groups - zero - levels) * real
-        error = residual.abs().mean(-1, keepdim=True)
-        gains = error < least
+        error = total(residual.abs()).unsqueeze(-1)
+        gains = gains & (error < least)
         if not bool(gains.any()):
             break
         best_zero, least = torch.where(gains, zero, best_zero), torch.minimum(error, least)
         magnitude = residual.abs()
         shrunk = (magnitude - magnitude.clamp_min(1e-12).pow(lp_norm - 1) / beta).clamp_min_(0)
         sparse = shrunk * residual.sign()
-        zero = ((groups - sparse - levels) * real).sum(-1, keepdim=True) / count
+        zero = total((groups - sparse - levels) * real).unsqueeze(-1) / count
         beta *= kappa
     return GroupParams(start.scale, best_zero.squeeze(-1).to(dtype))
 
@@ -164,7 +166,22 @@ def _squared_error(groups: Tensor, real: Tensor, params: GroupParams) -> Tensor:
     scale = params.scale.unsqueeze(-1)
     zero = None if params.zero is None else params.zero.unsqueeze(-1)
     residual = decode(encode(groups, scale, zero), scale, zero).sub_(groups)
-    return residual.mul_(residual).mul_(real).sum(-1)
+    return total(residual.mul_(residual).mul_(real))
+
+
+def total(values: Tensor) -> Tensor:
+    """The sum over the last dimension, to the last digit the same whatever the other dimensions are.
+
+    Parameters of a row must not change with the rows beside it. CUDA's own sum adds in an order that depends
+    on how many sums there are.
+    """
+    if values.device.type == "cpu":
+        return values.sum(-1)
+    while (size := values.shape[-1]) > 1:
+        half = size // 2
+        halves = values[..., :half] + values[..., half : 2 * half]
+        values = halves if size % 2 == 0 else torch.cat((halves, values[..., -1:]), -1)
+    return values.squeeze(-1)
 
 
 def _regression(groups: Tensor, real: Tensor, params: GroupParams) -> GroupParams:
@@ -172,11 +189,11 @@ def _regression(groups: Tensor, real: Tensor, params: GroupParams) -> GroupParam
     assert params.zero is not None
     steps = encode(groups, params.scale.unsqueeze(-1), params.zero.unsqueeze(-1)) - MIDDLE
     count = real.sum(-1)
-    mean_step = (steps * real).sum(-1) / count
-    mean = (groups * real).sum(-1) / count
+    mean_step = total(steps * real) / count
+    mean = total(groups * real) / count
     centred = (steps - mean_step.unsqueeze(-1)) * real
-    spread = centred.square().sum(-1)
-    slope = (centred * groups).sum(-1) / spread.clamp_min(1e-12)
+    spread = total(centred.square())
+    slope = total(centred * groups) / spread.clamp_min(1e-12)
     scale = torch.where((spread > 0) & (slope > 0), slope, params.scale.float()).to(params.scale.dtype)
     return GroupParams(scale, (mean - scale.float() * mean_step).to(scale.dtype))
 

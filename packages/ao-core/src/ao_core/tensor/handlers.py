@@ -42,14 +42,16 @@ def _linear(input: Any, weight: Any, bias: Any = None) -> Any:  # noqa: A002 - F
             "F.linear takes a plain activation and one quantized weight, and was given "
             f"{type(input).__name__} and {type(weight).__name__}. Call .dequantize() on the other."
         )
-    if weight.ndim != 2:
+    with torch._C.DisableTorchFunctionSubclass():  # else reading the shape costs a microsecond and a half
+        shape = weight.shape
+    if len(shape) != 2:
         raise TypeError(
-            f"F.linear takes a weight [N, K], and was given {tuple(weight.shape)}. Take one of a stack by "
+            f"F.linear takes a weight [N, K], and was given {tuple(shape)}. Take one of a stack by "
             "weight[index], or multiply all with torch.bmm(x, weight.transpose(-2, -1))."
         )
-    if input.shape[-1] != weight.shape[1]:
+    if input.shape[-1] != shape[1]:
         raise RuntimeError(
-            f"a linear with {weight.shape[1]} input features was given an input {tuple(input.shape)}; its "
+            f"a linear with {shape[1]} input features was given an input {tuple(input.shape)}; its "
             "last dimension must match."
         )
     if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
