@@ -11,6 +11,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():  # before Triton is imported, which decides then
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from ao_core import plugins
 

@@ -1,0 +1,310 @@
+"""Codes to floats inside Triton kernels, four bytes at a time.
+
+A 16-bit float whose exponent is fixed counts its mantissa in steps of one: bfloat16 from 128 on, float16 from
+1024 on. So ``code | exponent`` is a float without a conversion, which Hopper does slowly: one instruction
+makes two of them. What is too much, :func:`above`, is taken off where that costs least, by the caller.
+
+Triton's interpreter knows no assembly: there the same values are computed by plain arithmetic.
+"""
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+
+INT4, NF4, INT8, FLOAT8 = (tl.constexpr(kind) for kind in range(4))
+
+NF4_LEVELS = (
+    -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
+)  # fmt: skip
+"""Source: QLoRA (arXiv:2305.14314), appendix E."""
+
+# $0, $1: the low nibbles of bytes 0 to 3, two floats a register; $2, $3: the high ones; $4, $5: ones. $6: the
+# bytes. The ones are opaque to the compiler on purpose: it would lay a constant out otherwise than the
+# rest, and no longer load activations ahead of time.
+_NIBBLES = """{{
+    .reg .b32 low, high;
+    prmt.b32 low, $6, 0, 0x4140;
+    prmt.b32 high, $6, 0, 0x4342;
+    lop3.b32 $0, low, 0x000f000f, {exponent}, 0xea;
+    lop3.b32 $1, high, 0x000f000f, {exponent}, 0xea;
+    shr.u32 low, low, 4;
+    shr.u32 high, high, 4;
+    lop3.b32 $2, low, 0x000f000f, {exponent}, 0xea;
+    lop3.b32 $3, high, 0x000f000f, {exponent}, 0xea;
+    mov.b32 $4, {one};
+    mov.b32 $5, {one};
+}}"""
+
+# The same outputs but the ones. A permutation of bytes looks up four codes in a table of eight; bit 3 of a
+# code says which of two tables counts.
+_NF4_HALF = """
+    and.b32 index, $4, 0x7777;
+    prmt.b32 a, {high0}, {high1}, index;
+    prmt.b32 b, {high2}, {high3}, index;
+    prmt.b32 c, {low0}, {low1}, index;
+    prmt.b32 d, {low2}, {low3}, index;
+    and.b32 index, $4, 0x8888;
+    prmt.b32 index, 0x80, 0, index;
+    shl.b32 index, index, 1;
+    prmt.b32 index, index, 0, 0xba98;
+    lop3.b32 a, index, b, a, 0xca;
+    lop3.b32 c, index, d, c, 0xca;
+    prmt.b32 {even}, c, a, 0x6240;
+    prmt.b32 {odd}, c, a, 0x7351;
+"""
+
+# $0, $1: bytes 0 to 3 as bfloat16. Sign, exponent and mantissa move in place; the exponent's bias is made up
+# for by a multiplication, which is right for subnormal numbers too.
+_FLOAT8_BFLOAT16 = """{
+    .reg .b32 a, b, c, d;
+    prmt.b32 a, $2, 0, 0x1404;
+    prmt.b32 b, $2, 0, 0x3424;
+    shr.u32 c, a, 4;
+    shr.u32 d, b, 4;
+    and.b32 a, a, 0x80008000;
+    and.b32 b, b, 0x80008000;
+    lop3.b32 a, c, 0x07f007f0, a, 0xea;
+    lop3.b32 b, d, 0x07f007f0, b, 0xea;
+    mov.b32 c, 0x7b807b80;
+    mov.b32 d, 0x80008000;
+    fma.rn.bf16x2 $0, a, c, d;
+    fma.rn.bf16x2 $1, b, c, d;
+}"""
+_FLOAT8_FLOAT16 = """{
+    .reg .b16 a, b;
+    mov.b32 {a, b}, $2;
+    cvt.rn.f16x2.e4m3x2 $0, a;
+    cvt.rn.f16x2.e4m3x2 $1, b;
+}"""
+
+
+# The same decoding, and scaling: nibbles less a middle, times a scale, plus a midpoint. $0 to $3 as above;
+# $4: the bytes; $5, $6: the middle, negative; $7, $8: the scale; $9, $10: the midpoint.
+_SCALED_NIBBLES = """{{
+    .reg .b32 low, high, one;
+    mov.b32 one, {one};
+    prmt.b32 low, $4, 0, 0x4140;
+    prmt.b32 high, $4, 0, 0x4342;
+    lop3.b32 $0, low, 0x000f000f, {exponent}, 0xea;
+    lop3.b32 $1, high, 0x000f000f, {exponent}, 0xea;
+    shr.u32 low, low, 4;
+    shr.u32 high, high, 4;
+    lop3.b32 $2, low, 0x000f000f, {exponent}, 0xea;
+    lop3.b32 $3, high, 0x000f000f, {exponent}, 0xea;
+    fma.rn.{dtype} $0, $0, one, $5;
+    fma.rn.{dtype} $1, $1, one, $6;
+    fma.rn.{dtype} $2, $2, one, $5;
+    fma.rn.{dtype} $3, $3, one, $6;
+    fma.rn.{dtype} $0, $0, $7, $9;
+    fma.rn.{dtype} $1, $1, $8, $10;
+    fma.rn.{dtype} $2, $2, $7, $9;
+    fma.rn.{dtype} $3, $3, $8, $10;
+}}"""
+
+# Signed bytes, unscaled: 16 times the high nibble less 128, and the low one. $0, $1: floats; $2: bytes
+# plus 128.
+_INTEGERS = """{{
+    .reg .b32 a, b, low, high, one, sixteen, less_high, less_low;
+    mov.b32 one, {one};
+    mov.b32 sixteen, {sixteen};
+    mov.b32 less_high, {less_high};
+    mov.b32 less_low, {less_low};
+    prmt.b32 a, $2, 0, 0x4140;
+    prmt.b32 b, $2, 0, 0x4342;
+    lop3.b32 low, a, 0x000f000f, {exponent}, 0xea;
+    lop3.b32 high, b, 0x000f000f, {exponent}, 0xea;
+    fma.rn.{dtype} low, low, one, less_low;
+    fma.rn.{dtype} high, high, one, less_low;
+    shr.u32 a, a, 4;
+    shr.u32 b, b, 4;
+    lop3.b32 a, a, 0x000f000f, {exponent}, 0xea;
+    lop3.b32 b, b, 0x000f000f, {exponent}, 0xea;
+    fma.rn.{dtype} a, a, sixteen, less_high;
+    fma.rn.{dtype} b, b, sixteen, less_high;
+    fma.rn.{dtype} $0, a, one, low;
+    fma.rn.{dtype} $1, b, one, high;
+}}"""
+
+
+def _bits(value: float, half: bool) -> int:
+    """A float's 16 bits: float16, or bfloat16 rounded half to even."""
+    if half:
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    (whole,) = struct.unpack("<I", struct.pack("<f", value))
+    return int((whole + 0x7FFF + (whole >> 16 & 1)) >> 16)
+
+
+def _nf4_asm(half: bool) -> str:
+    bits = [_bits(level, half) for level in NF4_LEVELS]
+    words = {}
+    for part in range(4):
+        four = bits[4 * part : 4 * part + 4]
+        words[f"low{part}"] = hex(sum((each & 255) << 8 * i for i, each in enumerate(four)))
+        words[f"high{part}"] = hex(sum((each >> 8) << 8 * i for i, each in enumerate(four)))
+    first = _NF4_HALF.format(**words, even="$0", odd="$2")
+    second = _NF4_HALF.format(**words, even="$1", odd="$3").replace("$4", "upper")
+    declared = ".reg .b32 index, a, b, c, d, upper;"
+    return f"{{ {declared} {first} shr.u32 upper, $4, 16; {second} }}"
+
+
+_NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x43004300", one="0x3f803f80"))
+_NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x64006400", one="0x3c003c00"))
+_NF4_BFLOAT16 = tl.constexpr(_nf4_asm(half=False))
+_NF4_FLOAT16 = tl.constexpr(_nf4_asm(half=True))
+_B16 = {"exponent": "0x43004300", "one": "0x3f803f80", "dtype": "bf16x2", "sixteen": "0x41804180"}
+_F16 = {"exponent": "0x64006400", "one": "0x3c003c00", "dtype": "f16x2", "sixteen": "0x4c004c00"}
+
+
+def _twice(value: float, half: bool) -> str:
+    return hex(_bits(value, half) * 0x10001)
+
+
+_SCALED_BFLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**_B16))
+_SCALED_FLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**_F16))
+_INTEGERS_BFLOAT16 = tl.constexpr(
+    _INTEGERS.format(**_B16, less_high=_twice(-128 * 16 - 128, False), less_low=_twice(-128, False))
+)
+_INTEGERS_FLOAT16 = tl.constexpr(
+    _INTEGERS.format(**_F16, less_high=_twice(-1024 * 16 - 128, True), less_low=_twice(-1024, True))
+)
+_E4M3_BFLOAT16 = tl.constexpr(_FLOAT8_BFLOAT16)
+_E4M3_FLOAT16 = tl.constexpr(_FLOAT8_FLOAT16)
+
+
+@triton.jit
+def nibbles(codes, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """The low and the high four bits of bytes, each plus :func:`above`, and ones of the same shape."""
+    if INTERPRET:
+        more: tl.constexpr = 128.0 if DTYPE == tl.bfloat16 else 1024.0
+        low = ((codes & 15).to(tl.float32) + more).to(DTYPE)
+        high = ((codes >> 4).to(tl.float32) + more).to(DTYPE)
+        ones = tl.full(codes.shape, 1.0, DTYPE)
+    elif DTYPE == tl.bfloat16:
+        low, high, ones = tl.inline_asm_elementwise(
+            _NIBBLES_BFLOAT16,
+            "=r,=r,=r,=r,=r,=r,r",
+            [codes],
+            (tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=4,
+        )
+    else:
+        low, high, ones = tl.inline_asm_elementwise(
+            _NIBBLES_FLOAT16,
+            "=r,=r,=r,=r,=r,=r,r",
+            [codes],
+            (tl.float16, tl.float16, tl.float16),
+            is_pure=True,
+            pack=4,
+        )
+    return low, high, ones
+
+
+@triton.jit
+def scaled_nibbles(codes, middle, scale, midpoint, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """``(nibble - middle) * scale + midpoint`` of the low and of the high four bits of bytes, in ``DTYPE``.
+
+    ``middle`` float32; the three are broadcast. Whole middles are taken off exactly; the rest is rounded
+    once.
+    """
+    less = (-above(DTYPE) - middle).to(DTYPE)
+    factor = scale.to(DTYPE)
+    shift = midpoint.to(DTYPE)
+    if INTERPRET:
+        low = (codes & 15).to(tl.float32) - middle
+        high = (codes >> 4).to(tl.float32) - middle
+        low = (low * factor.to(tl.float32) + shift.to(tl.float32)).to(DTYPE)
+        high = (high * factor.to(tl.float32) + shift.to(tl.float32)).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _SCALED_BFLOAT16, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [codes, less, factor, shift],
+            (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _SCALED_FLOAT16, "=&r,=&r,=&r,=&r,r,r,r,r,r,r,r", [codes, less, factor, shift],
+            (tl.float16, tl.float16), is_pure=True, pack=4,
+        )  # fmt: skip
+    return low, high
+
+
+@triton.jit
+def integers(codes, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Signed bytes (read as unsigned ones) as 16-bit floats, exact."""
+    if INTERPRET:
+        values = codes.to(tl.int8, bitcast=True).to(tl.float32).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        values = tl.inline_asm_elementwise(
+            _INTEGERS_BFLOAT16, "=r,=r,r", [codes ^ 128], tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        values = tl.inline_asm_elementwise(
+            _INTEGERS_FLOAT16, "=r,=r,r", [codes ^ 128], tl.float16, is_pure=True, pack=4
+        )
+    return values
+
+
+@triton.jit
+def nf4_levels(codes, table, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """The NF4 levels of the low and of the high four bits of bytes. ``table``: 16 floats, if interpreted."""
+    if INTERPRET:
+        low = tl.load(table + (codes & 15)).to(DTYPE)
+        high = tl.load(table + (codes >> 4)).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        low, high = tl.inline_asm_elementwise(
+            _NF4_BFLOAT16, "=r,=r,=r,=r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
+        )
+    else:
+        low, high = tl.inline_asm_elementwise(
+            _NF4_FLOAT16, "=r,=r,=r,=r,r", [codes], (tl.float16, tl.float16), is_pure=True, pack=4
+        )
+    return low, high
+
+
+@triton.jit
+def float8_values(codes, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Bytes that are float8 e4m3 as 16-bit floats, exact."""
+    if INTERPRET:
+        values = codes.to(tl.float8e4nv, bitcast=True).to(tl.float32).to(DTYPE)
+    elif DTYPE == tl.bfloat16:
+        values = tl.inline_asm_elementwise(
+            _E4M3_BFLOAT16, "=r,=r,r", [codes], tl.bfloat16, is_pure=True, pack=4
+        )
+    else:
+        values = tl.inline_asm_elementwise(
+            _E4M3_FLOAT16, "=r,=r,r", [codes], tl.float16, is_pure=True, pack=4
+        )
+    return values
+
+
+@triton.jit
+def above(DTYPE: tl.constexpr):
+    """How much :func:`nibbles` are above the codes."""
+    return 128.0 if DTYPE == tl.bfloat16 else 1024.0
+
+
+@triton.jit
+def dot(a, b, INTERPRET: tl.constexpr):
+    """``tl.dot`` of 16-bit floats. The interpreter multiplies the bits of bfloat16, not the numbers."""
+    if INTERPRET:
+        product = tl.dot(a.to(tl.float32), b.to(tl.float32), input_precision="ieee")
+    else:
+        product = tl.dot(a, b)
+    return product
+
+
+@triton.jit
+def times(values, scale, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
+    """Rows of 16-bit floats times a scale each, float32 ``[N]``; it and the product become ``DTYPE``."""
+    factor = scale.to(DTYPE)[:, None]
+    if INTERPRET:
+        product = (values.to(tl.float32) * factor.to(tl.float32)).to(DTYPE)
+    else:
+        product = values * factor
+    return product

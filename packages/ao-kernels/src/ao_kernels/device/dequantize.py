@@ -1,0 +1,65 @@
+"""Weights in codes written out as floats, for a float matrix product over many rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ao_kernels.device.decode import (
+    INT4,
+    INT8,
+    NF4,
+    float8_values,
+    integers,
+    nf4_levels,
+    scaled_nibbles,
+    times,
+)
+from ao_kernels.device.scales import load_scales, scale_of
+
+
+@triton.jit
+def dequantize(
+    codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, out_ptr, table_ptr,
+    K, width, codes_stride, groups, scalers, scaler_size,
+    KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BYTES: tl.constexpr, N, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """``out [N, K]`` in ``DTYPE``; a program writes ``ROWS`` rows of ``BYTES`` bytes, which share a group."""
+    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    n = tl.minimum(n, N - 1).to(tl.int64)
+    at = tl.program_id(1) * BYTES
+    byte = at + tl.arange(0, BYTES)
+    codes = tl.load(
+        codes_ptr + n[:, None] * codes_stride + byte[None, :], mask=(byte < width)[None, :], other=0
+    )
+    raw = load_scales(
+        scale_ptr + n * groups, zero_ptr + n * groups, offset_ptr + n * scalers, step_ptr + n * scalers,
+        tl.zeros((ROWS,), tl.int32) + at, groups, scaler_size, ZERO, CODED, GROUP,
+    )  # fmt: skip
+    scale = scale_of(raw, CODED)
+    if KIND == INT4 or KIND == NF4:
+        if KIND == INT4:
+            middle = tl.full((ROWS,), 8.0, tl.float32)
+            midpoint = tl.zeros((ROWS,), tl.float32)
+            if ZERO == 1:
+                midpoint = raw[1].to(tl.float32)
+            elif ZERO == 2:
+                middle = raw[1].to(tl.float32)
+            low, high = scaled_nibbles(
+                codes, middle[:, None], scale[:, None], midpoint[:, None], DTYPE, INTERPRET
+            )
+        else:
+            low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
+            low = times(low, scale, DTYPE, INTERPRET)
+            high = times(high, scale, DTYPE, INTERPRET)
+        values = tl.interleave(low, high)
+        column = 2 * at + tl.arange(0, 2 * BYTES)
+    else:
+        if KIND == INT8:
+            values = integers(codes, DTYPE, INTERPRET)
+        else:
+            values = float8_values(codes, DTYPE, INTERPRET)
+        values = times(values, scale, DTYPE, INTERPRET)
+        column = byte
+    tl.store(out_ptr + n[:, None] * K + column[None, :], values, mask=(column < K)[None, :])

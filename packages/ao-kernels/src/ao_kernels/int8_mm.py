@@ -1,0 +1,132 @@
+"""int8 matrix products: exact in int32, or scaled; and activations quantized for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from ao_kernels.configs import Gemm, int8_config
+from ao_kernels.device import activations
+from ao_kernels.device.int8_gemm import int8_gemm, int8_gemm_copy_engine
+from ao_kernels.weight_linear import check_columns, on_device
+
+EPS = 1e-5
+"""The least absmax of a row of activations: a row of zeros becomes zeros."""
+
+
+def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes in [-127, 127] and ``scale = max(absmax, 1e-5) / 127`` of each row of ``x`` ``[M, K]``.
+
+    Returns:
+        int8 ``[M, K]``, its rows a multiple of 16 bytes apart, and float32 ``[M]``. A row with infinity or
+        NaN has that as its scale.
+    """
+    m, k = x.shape
+    x = x if x.stride(1) == 1 else x.contiguous()
+    codes = x.new_empty(m, -(-k // 16) * 16, dtype=torch.int8)
+    scale = x.new_empty(m, dtype=torch.float32)
+    if m:
+        block = min(triton.next_power_of_2(k), 8192)
+        with on_device(x.device):
+            activations.quantize_rows[(m,)](
+                x, codes, scale, k, x.stride(0), codes.stride(0), EPS=EPS, BLOCK=block,
+                ONCE=k <= block, num_warps=max(min(block // 512, 16), 1),
+            )  # fmt: skip
+    return codes[:, :k], scale
+
+
+def dynamic_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None,
+    config: Gemm | None = None,
+) -> torch.Tensor:
+    """``x`` ``[..., K]`` quantized row by row, times ``codes`` ``[N, K]``, scaled; in the dtype of ``x``.
+
+    Raises:
+        RuntimeError: the columns of ``x`` and the weight differ.
+    """
+    (n, k) = codes.shape
+    check_columns(x, k)
+    rows = x.reshape(-1, k)
+    config = config or int8_config(rows.shape[0], n)
+    x_codes, x_scale = quantize_rows(rows)
+    return scaled_mm(x_codes, codes, x_scale, scale, bias, x.dtype, config).view(*x.shape[:-1], n)
+
+
+def scaled_mm(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    x_scale: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+    config: Gemm | None = None,
+) -> torch.Tensor:
+    """``(x @ w.T) * x_scale[:, None] * scale + bias`` in ``dtype``; without scales, the exact sums in int32.
+
+    Args:
+        x: int8 ``[M, K]``, rows in any distance.
+        w: int8 ``[N, K]``, so too.
+        x_scale: float32 ``[M]`` or None.
+        scale: float, N numbers, or None.
+        bias: float ``[N]`` or None.
+        dtype: of the result.
+        config: tiles; by default those of :func:`ao_kernels.configs.int8_config`.
+    """
+    (m, k), n = x.shape, w.shape[0]
+    out = x.new_empty(m, n, dtype=dtype)
+    if not out.numel():
+        return out
+    x, w = (each if each.stride(1) == 1 else each.contiguous() for each in (x, w))
+    given = [out if each is None else each.contiguous() for each in (x_scale, scale, bias)]
+    config = config or int8_config(m, n)
+    flags = {"SCALED": x_scale is not None, "BIAS": bias is not None}
+    with on_device(x.device):
+        _launch(x, w, out, given, (m, n, k), config, flags)
+    return out
+
+
+def _launch(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    out: torch.Tensor,
+    given: list[torch.Tensor],
+    sizes: tuple[int, int, int],
+    config: Gemm,
+    flags: dict[str, Any],
+) -> None:
+    m, n, k = sizes
+    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    blocks = {
+        **flags, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
+        "GROUP_M": config.group_m, "STAGES": config.stages, "num_warps": config.warps,
+    }  # fmt: skip
+    if config.loads == "copy engine" and _has_copy_engine(x.device) and all(map(_copyable, (x, w))):
+        from triton.tools.tensor_descriptor import TensorDescriptor
+
+        programs = tiles
+        if config.programs_per_sm:
+            units = torch.cuda.get_device_properties(x.device).multi_processor_count
+            programs = min(tiles, units * config.programs_per_sm)
+        descriptors = (
+            TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
+            TensorDescriptor.from_tensor(w, [config.block_n, config.block_k]),
+        )
+        int8_gemm_copy_engine[(programs,)](*descriptors, out, *given, m, n, k, programs, **blocks)
+    else:
+        int8_gemm[(tiles,)](
+            x, w, out, *given, m, n, k, x.stride(0), w.stride(0), WHOLE=k % config.block_k == 0, **blocks
+        )
+
+
+def _has_copy_engine(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _copyable(matrix: torch.Tensor) -> bool:
+    """The copy engine wants rows and the first byte at multiples of 16."""
+    return matrix.stride(0) % 16 == 0 and matrix.data_ptr() % 16 == 0

@@ -1,0 +1,38 @@
+"""What ao-kernels registers."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from ao_core import hookimpl
+
+
+@hookimpl
+def ao_register_kernels() -> list[Any]:
+    """Triton kernels; Triton is imported when the first one runs."""
+    return list(_kernels())
+
+
+def _kernels() -> Iterator[Any]:
+    from ao_core import Kernel, Key
+    from ao_kernels import float8_linear, int4_linear, int8_linear, nf4_linear
+    from ao_kernels.support import INTERPRETED, providers, rejects
+
+    found: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
+        "int4_weight_linear": (int4_linear.linear, int4_linear.misfit),
+        "nf4_linear": (nf4_linear.linear, nf4_linear.misfit),
+        "int8_weight_linear": (int8_linear.weight_linear, int8_linear.weight_misfit),
+        "int8_dynamic_linear": (int8_linear.dynamic_linear, int8_linear.dynamic_misfit),
+        "float8_weight_linear": (float8_linear.linear, float8_linear.misfit),
+    }
+    for provider in providers():
+        for op, (fn, misfit) in found.items():
+            yield Kernel(
+                op,
+                provider,
+                fn,
+                priority=-1 if provider == INTERPRETED else 20,
+                rejects=functools.partial(rejects, provider=provider, weights=misfit),
+            )

@@ -1,0 +1,69 @@
+"""Whether Triton's kernels can run, and under which provider's name."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
+
+import torch
+
+from ao_core import Key
+
+TRITON, INTERPRETED = "triton", "triton_interpreted"
+_HALVES = (torch.bfloat16, torch.float16)
+
+
+def interpreting() -> bool:
+    """Whether Triton runs its kernels by an interpreter, on the CPU: ``TRITON_INTERPRET=1``, for tests."""
+    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+
+
+def providers() -> tuple[str, ...]:
+    """The names under which the kernels are registered.
+
+    Interpreted, they go by a name of their own with a low priority: they are slower than any other kernel.
+    """
+    return (TRITON, INTERPRETED) if interpreting() else (TRITON,)
+
+
+@functools.cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def rejects(key: Key, provider: str, weights: Callable[[Key], str | None]) -> str | None:
+    """Why the kernels can't run here, or None.
+
+    Args:
+        key: of the call.
+        provider: one of :func:`providers`.
+        weights: ``weights(key)`` is a reason why they can't read the weights, or None.
+    """
+    if not _installed():
+        return "triton is not installed: pip install triton"
+    wanted = "cpu" if provider == INTERPRETED else "cuda"
+    if key.device.type != wanted:
+        return f"it runs on {wanted}, not on {key.device.type}"
+    if provider == TRITON and interpreting():
+        return "TRITON_INTERPRET is set"
+    if provider == TRITON and key.capability < (8, 0):
+        major, minor = key.capability
+        return f"it needs compute capability 8.0 or higher, and {key.device} has {major}.{minor}"
+    if key.dtype not in _HALVES:
+        return f"it takes bfloat16 and float16 activations, not {key.dtype}"
+    return weights(key)
+
+
+def group_misfit(group_size: int, scale: tuple[torch.Size, torch.dtype] | None, columns: int) -> str | None:
+    """Why the groups of a weight can't be read, or None.
+
+    Args:
+        group_size: columns to a scale; -1 for all.
+        scale: shape ``[N, G]`` and dtype of the scales.
+        columns: a group must be a multiple of so many, unless there is one group.
+    """
+    if scale is not None and scale[0][-1] > 1 and group_size % columns:
+        return f"it takes groups of a multiple of {columns} columns, not of {group_size}"
+    return None

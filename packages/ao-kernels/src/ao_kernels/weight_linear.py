@@ -1,0 +1,236 @@
+"""Float activations times weights in codes: which kernel, and how it is launched."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+
+from ao_kernels.configs import Config, Decoded, Few, Many, weight_config
+from ao_kernels.device import decode
+from ao_kernels.device.activations import split_planes
+from ao_kernels.device.dequantize import dequantize
+from ao_kernels.device.few_rows import few_rows
+from ao_kernels.device.many_rows import add_parts, many_rows
+from ao_kernels.support import interpreting
+
+_KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
+_LEAST_BYTES = 16  # of a row to a tile: what the tensor cores take at once
+
+
+@dataclass(frozen=True)
+class Codes:
+    """A weight ``[N, K]`` as the kernels read it.
+
+    Attributes:
+        kind: ``"int4"``, ``"nf4"``, ``"int8"`` or ``"float8"``.
+        codes: bytes ``[N, K]``, or ``[N, ceil(K / 2)]`` of two codes, the even column in the low four bits.
+        scale: float ``[N, G]`` (``[1, 1]``: one for all), or uint8 with ``offset``.
+        group_size: columns to a scale; -1 for all.
+        zero: int4 alone: float midpoints or uint8 zero points ``[N, G]``, or None.
+        offset: float32 ``[N, S]`` where the scale is ``(offset + code * step) ** 4``, else None.
+        step: as ``offset``.
+        scaler_size: groups to an offset.
+    """
+
+    kind: str
+    codes: torch.Tensor
+    scale: torch.Tensor
+    group_size: int = -1
+    zero: torch.Tensor | None = None
+    offset: torch.Tensor | None = None
+    step: torch.Tensor | None = None
+    scaler_size: int = 1
+
+    @property
+    def packed(self) -> bool:
+        """Whether a byte holds two codes."""
+        return self.kind in ("int4", "nf4")
+
+    @property
+    def group_bytes(self) -> int:
+        """Bytes to a scale; 0: one for the row."""
+        if self.scale.shape[1] == 1:
+            return 0
+        return self.group_size // 2 if self.packed else self.group_size
+
+    def tile_bytes(self, most: int) -> int:
+        """Bytes of a row to a tile: a power of two up to ``most`` that divides a group."""
+        return math.gcd(self.group_bytes, most) if self.group_bytes else most
+
+    def pointers(self) -> tuple[torch.Tensor, ...]:
+        """Codes, scale, zero, offset, step, contiguous along rows; what is absent is the scale again."""
+        codes = self.codes if self.codes.stride(1) == 1 else self.codes.contiguous()
+        scale = self.scale.contiguous()
+        rest = (scale if each is None else each.contiguous() for each in (self.zero, self.offset, self.step))
+        return (codes.view(torch.uint8), scale, *rest)
+
+    def constants(self, dtype: torch.dtype) -> dict[str, Any]:
+        """What each kernel is compiled for."""
+        zero = 0
+        if self.zero is not None:
+            zero = 1 if self.zero.is_floating_point() else 2
+        return {
+            "KIND": _KINDS[self.kind],
+            "ZERO": zero,
+            "CODED": self.offset is not None,
+            "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+            "GROUP": self.group_bytes,
+            "INTERPRET": interpreting(),
+        }
+
+
+def check_columns(x: torch.Tensor, *columns: int) -> None:
+    """Raise RuntimeError, as ``F.linear`` does, unless the last dimension of ``x`` is one of ``columns``."""
+    if x.shape[-1] not in columns:
+        features = " or ".join(str(each) for each in columns)
+        raise RuntimeError(
+            f"a linear with {features} input features was given an input {tuple(x.shape)}; its last "
+            "dimension must match."
+        )
+
+
+def weight_linear(
+    x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, config: Config | None = None
+) -> torch.Tensor:
+    """``x @ weight.T + bias`` for ``x`` ``[..., K]`` in bfloat16 or float16, summed in float32.
+
+    Args:
+        x: float ``[..., K]``.
+        weight: ``[N, K]``.
+        bias: float ``[N]`` or None.
+        config: the kernel and its tiles; by default those of :func:`ao_kernels.configs.weight_config`.
+
+    Raises:
+        RuntimeError: the columns of ``x`` and the weight differ.
+    """
+    (n, width), k = weight.codes.shape, x.shape[-1]
+    check_columns(x, *((2 * width - 1, 2 * width) if weight.packed else (width,)))
+    rows = x.reshape(-1, k)
+    out = x.new_empty(rows.shape[0], n)
+    if rows.shape[0]:
+        config = config or weight_config(weight.kind, rows.shape[0], n)
+        added = None if bias is None else bias.contiguous()
+        with on_device(x.device):
+            if isinstance(config, Few):
+                _few(rows, weight, added, out, config)
+            elif isinstance(config, Many):
+                _many(rows, weight, added, out, config)
+            else:
+                _decoded(rows, weight, added, out, config)
+    return out.view(*x.shape[:-1], n)
+
+
+def on_device(device: torch.device) -> Any:
+    """Triton launches on the current device, whatever the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+@functools.cache
+def _nf4_table(device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(mode=False):
+        return torch.tensor(decode.NF4_LEVELS, device=device)
+
+
+def _sizes(weight: Codes, codes: torch.Tensor, scale: torch.Tensor) -> tuple[int, ...]:
+    """Distance of rows of codes; groups; scalers; groups to a scaler. One scale for all: no distance."""
+    scalers = 1 if weight.offset is None else weight.offset.shape[1]
+    groups = scale.shape[1] if scale.shape[0] == codes.shape[0] else 0
+    return codes.stride(0), groups, scalers, weight.scaler_size
+
+
+def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Few) -> None:
+    codes, *parameters = weight.pointers()
+    (n, width), m = codes.shape, x.shape[0]
+    words = _pairs(x) if weight.packed else _rows(x)
+    size = weight.tile_bytes(config.bytes)
+    grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))
+    few_rows[grid](
+        words, codes, *parameters, x if bias is None else bias, out, _nf4_table(x.device),
+        m, n, width, words.stride(0), *_sizes(weight, codes, parameters[0]),
+        **weight.constants(x.dtype), BIAS=bias is not None, SPLITS=config.splits, BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m, BYTES=size, UNROLL=1, STAGES=config.stages,
+        WHOLE=width % (size * config.splits) == 0 and n % config.block_n == 0, num_warps=config.warps,
+    )  # fmt: skip
+
+
+def _many(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Many) -> None:
+    codes, *parameters = weight.pointers()
+    (n, width), m = codes.shape, x.shape[0]
+    plane = 0
+    if weight.packed:
+        plane, source = m * width, x if x.stride(1) == 1 else x.contiguous()
+        x = x.new_empty(2 * m, width)
+        block = 1024
+        split_planes[(m, triton.cdiv(width, block))](
+            source, x, source.shape[1], width, source.stride(0), plane,
+            DTYPE=weight.constants(x.dtype)["DTYPE"], BLOCK=block,
+        )  # fmt: skip
+    else:
+        x = _rows(x)
+    size = weight.tile_bytes(config.bytes)
+    parts = config.split_k if width >= 2 * size * config.split_k else 1
+    target = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.float32)
+    given = x if bias is None else bias
+    grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), parts)
+    many_rows[grid](
+        x, codes, *parameters, given, target, _nf4_table(x.device),
+        m, n, width, x.stride(0), plane, *_sizes(weight, codes, parameters[0]),
+        **weight.constants(x.dtype), BIAS=bias is not None and parts == 1, BLOCK_N=config.block_n,
+        BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages, SPLIT_K=parts,
+        WHOLE=width % size == 0 and n % config.block_n == 0, num_warps=config.warps,
+    )  # fmt: skip
+    if parts > 1:
+        block = 1024
+        add_parts[(triton.cdiv(m * n, block),)](
+            target, given, out, m * n, n, PARTS=parts, BIAS=bias is not None, BLOCK=block
+        )
+
+
+def _decoded(
+    x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Decoded
+) -> None:
+    n, k = weight.codes.shape[0], x.shape[1]
+    at_once = max((config.megabytes << 20) // (k * x.element_size()), 1)
+    for start in range(0, n, at_once):
+        part = slice(start, min(start + at_once, n))
+        floats = dequantized(weight, k, x.dtype, part)
+        if bias is None:
+            torch.mm(x, floats.t(), out=out[:, part])
+        else:
+            torch.addmm(bias[part].to(x.dtype), x, floats.t(), out=out[:, part])
+
+
+def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) -> torch.Tensor:
+    """Rows ``rows`` of the weight, ``[R, columns]`` in ``dtype``: bfloat16 or float16."""
+    codes, *parameters = weight.pointers()
+    codes = codes[rows]
+    own = [each[rows] if each.shape[0] > 1 else each for each in parameters]
+    (n, width), (stride, groups, *rest) = codes.shape, _sizes(weight, codes, own[0])
+    out = own[0].new_empty(n, columns, dtype=dtype)
+    size, block = weight.tile_bytes(64 if weight.packed else 128), 32
+    dequantize[(triton.cdiv(n, block), triton.cdiv(width, size))](
+        codes, *own, out, _nf4_table(codes.device), columns, width, stride, groups, *rest,
+        **weight.constants(dtype), ROWS=block, BYTES=size, N=n,
+    )  # fmt: skip
+    return out
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _pairs(x: torch.Tensor) -> torch.Tensor:
+    """Rows of words of two activations; a copy where rows do not start at a whole word."""
+    if x.shape[1] % 2:
+        x = F.pad(x, (0, 1))
+    if x.stride(1) != 1 or x.stride(0) % 2 or x.storage_offset() % 2:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.int32)

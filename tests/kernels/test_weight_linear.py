@@ -1,0 +1,187 @@
+"""Each way to multiply by weights in codes, against float64, in sizes that no tile divides."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import ao_core as ao
+from ao_core.numerics import pack
+from ao_core.testing.kernels import poisoned_memory
+from ao_kernels import int8_mm
+from ao_kernels.configs import Decoded, Few, Gemm, Many
+from ao_kernels.weight_linear import Codes, dequantized, weight_linear
+
+# dB against float64 with the weight as stored: what 16-bit weights and results cost. The interpreter cuts
+# bfloat16 off where a GPU rounds.
+LEAST = {torch.bfloat16: 48 if torch.cuda.is_available() else 39, torch.float16: 62}
+CONFIGS = {
+    "one row": Few(8, 8, 1, 2, 64, 3),
+    "few rows, one part": Few(1, 32, 16, 2, 64, 4),
+    "few rows, two parts": Few(2, 16, 8, 2, 32, 3),
+    "many rows": Many(64, 64, 4, 64, 3, 1),
+    "many rows, cut in four": Many(32, 16, 4, 32, 3, 4),
+    "decoded": Decoded(),
+    "decoded a few rows at a time": Decoded(megabytes=0),
+}
+SIZES = [(1, 20, 63), (17, 33, 100), (20, 1, 17), (5, 9, 576)]  # M, N, K
+
+
+def codes(kind, n, k, device):
+    """A weight, and its float64 values."""
+    generator = torch.Generator().manual_seed(n + k)
+
+    def uniform(*shape):
+        return torch.rand(*shape, generator=generator) / 4 + 0.01
+
+    size = 64 if kind == "nf4, double" else 32
+    groups = 1 if k <= size else -(-k // size)
+    of = torch.arange(k) // size if groups > 1 else torch.zeros(k, dtype=torch.long)
+    options = {"group_size": size if groups > 1 else -1}
+    if kind.startswith("int8"):
+        stored = torch.randint(-128, 128, (n, k), generator=generator, dtype=torch.int8)
+        scale = uniform(n, groups if kind == "int8, groups" else 1)
+        options["group_size"] = options["group_size"] if kind == "int8, groups" else -1
+        values = stored.double() * scale.double()[:, of if kind == "int8, groups" else torch.zeros_like(of)]
+        return Codes("int8", stored.to(device), scale.to(device), **options), values
+    if kind.startswith("float8"):
+        stored = (torch.randn(n, k, generator=generator) * 9).to(torch.float8_e4m3fn)
+        scale = uniform(1 if kind == "float8, one scale" else n, 1)
+        return Codes("float8", stored.to(device), scale.to(device)), stored.double() * scale.double()
+    nibbles = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+    if kind.startswith("nf4"):
+        from ao_quant.nf4_ops import NF4_LEVELS
+
+        scale = uniform(n, groups)
+        if kind == "nf4, double":
+            scalers = -(-groups // 3)
+            scale = torch.randint(0, 256, (n, groups), generator=generator, dtype=torch.uint8)
+            options |= {
+                "offset": uniform(n, scalers) + 0.3,
+                "step": uniform(n, scalers) / 300,
+                "scaler_size": 3,
+            }
+            root = scale.double() * options["step"].double()[:, torch.arange(groups) // 3]
+            absmax = (root + options["offset"].double()[:, torch.arange(groups) // 3]) ** 4
+        else:
+            absmax = scale.double()
+        values = torch.tensor(NF4_LEVELS).double()[nibbles.long()] * absmax[:, of]
+    else:
+        scale = uniform(n, groups).bfloat16()
+        steps = nibbles.double()
+        zero = {
+            "int4": None,
+            "int4, midpoints": torch.randn(n, groups, generator=generator).bfloat16(),
+            "int4, zero points": torch.randint(0, 16, (n, groups), generator=generator, dtype=torch.uint8),
+        }[kind]
+        middle = zero.double()[:, of] if kind == "int4, zero points" else 8
+        values = (steps - middle) * scale.double()[:, of]
+        if kind == "int4, midpoints":
+            values += zero.double()[:, of]
+        options["zero"] = zero
+    moved = {
+        name: each.to(device) if isinstance(each, torch.Tensor) else each for name, each in options.items()
+    }
+    packed = pack.pack(nibbles, bits=4).to(device)
+    return Codes(kind.split(",")[0], packed, scale.to(device), **moved), values
+
+
+KINDS = (
+    "int4",
+    "int4, midpoints",
+    "int4, zero points",
+    "nf4",
+    "nf4, double",
+    "int8",
+    "int8, groups",
+    "float8",
+    "float8, one scale",
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_against_float64(kind, config, device):
+    for index, (m, n, k) in enumerate(SIZES):
+        dtype = (torch.bfloat16, torch.float16)[index % 2]
+        weight, values = codes(kind, n, k, device)
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(n)) if index % 2 == 0 else None
+        expected = x.double() @ values.t() + (0 if bias is None else bias.double())
+        with poisoned_memory():
+            found = weight_linear(x.to(device), weight, None if bias is None else bias.to(device), config)
+        assert found.dtype == dtype
+        assert found.shape == (m, n)
+        assert ao.sqnr(expected, found.cpu()) > LEAST[dtype], (m, n, k)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_dequantized_rows(kind, device):
+    for n, k in ((100, 63), (17, 576), (1, 97)):
+        weight, values = codes(kind, n, k, device)
+        rows = slice(n // 3, n)
+        with poisoned_memory():
+            found = dequantized(weight, k, torch.bfloat16, rows)
+        assert ao.sqnr(values[rows], found.cpu()) > LEAST[torch.bfloat16], (n, k)
+
+
+def test_words_of_two_activations_are_copied_where_they_are_not_aligned(device):
+    weight, values = codes("int4", 17, 64, device)
+    wide = torch.randn(6, 131, generator=torch.Generator().manual_seed(0)).bfloat16().to(device)
+    for x in (wide[1:, 1:65], wide[:, ::2][:, :64], wide.t()[:64].t()):
+        found = weight_linear(x, weight, None)
+        assert ao.sqnr(x.cpu().double() @ values.t(), found.cpu()) > LEAST[torch.bfloat16]
+
+
+def test_leading_dimensions_and_no_rows(device):
+    weight, values = codes("nf4", 9, 96, device)
+    x = torch.randn(2, 3, 5, 96).half().to(device)
+    assert ao.sqnr(x.cpu().double() @ values.t(), weight_linear(x, weight, None).cpu()) > LEAST[torch.float16]
+    assert weight_linear(x[:0], weight, None).shape == (0, 3, 5, 9)
+
+
+def test_a_wrong_number_of_columns_is_named(device):
+    weight, _ = codes("int4", 9, 96, device)
+    with pytest.raises(RuntimeError, match=r"95 or 96 input features was given an input \(2, 97\)"):
+        weight_linear(torch.zeros(2, 97, dtype=torch.bfloat16, device=device), weight, None)
+
+
+GEMMS = (
+    Gemm("pointers", 16, 32, 64, 4, 3, 0, 1),
+    Gemm("pointers", 32, 16, 128, 4, 3, 0, 2),
+    Gemm("copy engine", 64, 64, 64, 4, 3, 0, 1),
+    Gemm("copy engine", 64, 64, 128, 4, 3, 2, 8),
+)
+
+
+@pytest.mark.parametrize("config", GEMMS, ids=repr)
+@pytest.mark.parametrize(
+    ("m", "n", "k"), [(1, 17, 63), (70, 63, 144), (17, 1, 1), (63, 65, 48), (66, 33, 256)]
+)
+def test_sums_of_int8_products_are_exact(m, n, k, config, device):
+    generator = torch.Generator().manual_seed(m)
+    x, w = (torch.randint(-128, 128, (rows, k), generator=generator, dtype=torch.int8) for rows in (m, n))
+    x[0], w[0] = -128, -128  # the largest sum
+    with poisoned_memory():
+        found = int8_mm.scaled_mm(x.to(device), w.to(device), None, None, None, torch.int32, config)
+    assert torch.equal(found.cpu().long(), x.long() @ w.long().t())
+
+
+@pytest.mark.parametrize("k", [1, 17, 576, 9000])
+def test_rows_are_quantized_as_in_float32(k, device):
+    from ao_core.numerics import affine
+
+    x = torch.randn(5, k, generator=torch.Generator().manual_seed(k)).bfloat16()
+    x[1], x[2, 0], x[3] = 0, 3e38, x[3] * 1e-4
+    codes, scale = int8_mm.quantize_rows(x.to(device))
+    expected, expected_scale = affine.quantize_per_token(x)
+    assert torch.equal(codes.cpu(), expected)
+    assert torch.equal(scale.cpu(), expected_scale.flatten())
+
+
+def test_rows_that_are_not_finite_stay_so(device):
+    x = torch.ones(3, 40, dtype=torch.bfloat16)
+    x[0, 3], x[1, 5] = float("nan"), float("inf")
+    _, scale = int8_mm.quantize_rows(x.to(device))
+    assert scale.isfinite().tolist() == [False, False, True]
+    assert scale[0].isnan()
