@@ -39,7 +39,43 @@ class Decoded:
 
 Config = Few | Many | Decoded
 
-_WIDE = 8192  # columns of the output from which a tile a program fills the device
+# Up to so many rows: tiles for wide outputs, where a tile a program fills the device, and for narrow ones.
+_Table = tuple[tuple[int, Config, Config], ...]
+_WIDE = 8192
+
+_INT4: _Table = (
+    (1, Few(8, 8, 1, 2, 64, 3), Few(8, 8, 1, 2, 64, 3)),
+    (2, Few(4, 16, 2, 2, 64, 4), Few(4, 16, 2, 2, 64, 4)),
+    (4, Few(2, 32, 4, 2, 64, 4), Few(4, 16, 4, 2, 64, 4)),
+    (8, Few(2, 32, 8, 2, 64, 4), Few(4, 16, 8, 2, 64, 4)),
+    (16, Few(1, 32, 16, 2, 64, 4), Few(2, 16, 16, 2, 64, 3)),
+    (32, Few(1, 64, 32, 2, 64, 3), Many(64, 32, 4, 64, 3, 4)),
+    (64, Many(128, 64, 8, 64, 3, 1), Many(64, 64, 4, 64, 3, 4)),
+    (128, Many(128, 128, 8, 64, 3, 1), Many(64, 128, 4, 64, 3, 4)),
+    (256, Many(128, 128, 8, 64, 3, 1), Many(64, 128, 4, 64, 3, 2)),
+)
+_NF4: _Table = (
+    (1, Few(8, 16, 1, 4, 32, 5), Few(8, 16, 1, 4, 32, 5)),
+    (2, Few(4, 16, 2, 2, 32, 4), Few(4, 16, 2, 2, 32, 4)),
+    (4, Few(2, 32, 4, 2, 32, 4), Few(4, 16, 4, 2, 32, 4)),
+    (8, Few(2, 32, 8, 2, 32, 4), Few(4, 16, 8, 2, 32, 4)),
+    (16, Few(2, 32, 16, 2, 32, 5), Few(2, 16, 16, 2, 32, 5)),
+    (32, Few(1, 64, 32, 2, 32, 3), Many(64, 32, 4, 32, 3, 4)),
+    (64, Many(128, 64, 8, 32, 3, 2), Many(64, 64, 4, 32, 3, 4)),
+    (128, Many(64, 128, 4, 32, 3, 1), Many(64, 128, 4, 32, 3, 4)),
+)
+_BYTES: _Table = (
+    (1, Few(8, 8, 1, 4, 128, 3), Few(8, 8, 1, 4, 64, 4)),
+    (2, Few(4, 16, 2, 4, 128, 3), Few(4, 16, 2, 4, 128, 3)),
+    (4, Few(2, 32, 4, 2, 128, 3), Few(4, 16, 4, 2, 128, 3)),
+    (8, Few(1, 32, 8, 2, 128, 4), Few(2, 16, 8, 2, 128, 4)),
+    (16, Few(1, 32, 16, 2, 128, 4), Few(2, 16, 16, 2, 128, 4)),
+    (32, Many(64, 32, 4, 128, 3, 1), Many(64, 32, 4, 64, 3, 4)),
+    (64, Many(64, 64, 4, 128, 3, 1), Many(64, 64, 4, 64, 3, 4)),
+    (128, Many(64, 128, 4, 128, 3, 1), Many(64, 128, 4, 64, 3, 4)),
+    (256, Many(128, 128, 8, 64, 3, 1), Many(64, 128, 4, 128, 3, 1)),
+)
+_TABLES = {"int4": _INT4, "nf4": _NF4, "int8": _BYTES, "float8": _BYTES}
 
 
 def weight_config(kind: str, m: int, n: int) -> Config:
@@ -50,52 +86,9 @@ def weight_config(kind: str, m: int, n: int) -> Config:
         m: rows.
         n: columns of the output.
     """
-    return _nibble_config(kind, m, n) if kind in ("int4", "nf4") else _byte_config(m, n)
-
-
-def _nibble_config(kind: str, m: int, n: int) -> Config:
-    wide = n >= _WIDE
-    size = 64 if kind == "int4" else 32  # groups of NF4 are short
-    if m == 1:
-        return Few(8, 8, 1, 2, 64, 3) if kind == "int4" else Few(8, 16, 1, 4, 32, 5)
-    if m == 2:
-        return Few(4, 16, 2, 2, 64, 4)
-    if m <= 8:
-        block_m = 4 if m <= 4 else 8
-        return Few(2, 32, block_m, 2, 64, 4) if wide else Few(4, 16, block_m, 2, 64, 4)
-    if m <= 16:
-        if kind == "nf4":
-            return Few(2, 32, 16, 2, 32, 5) if wide else Few(2, 16, 16, 2, 32, 5)
-        return Few(1, 32, 16, 2, 64, 4) if wide else Few(2, 16, 16, 2, 64, 3)
-    if m <= 32:
-        return Few(1, 64, 32, 2, size, 3) if wide else Many(64, 32, 4, size, 3, 4)
-    if m <= 64:
-        return Many(128, 64, 8, size, 3, 1 if kind == "int4" else 2) if wide else Many(64, 64, 4, size, 3, 4)
-    if m <= 128:
-        if wide:
-            return Many(128, 128, 8, 64, 3, 1) if kind == "int4" else Many(64, 128, 4, 32, 3, 1)
-        return Many(64, 128, 4, size, 3, 4)
-    if m <= 256 and kind == "int4":
-        return Many(128, 128, 8, 64, 3, 1) if wide else Many(64, 128, 4, 64, 3, 2)
-    return Decoded()
-
-
-def _byte_config(m: int, n: int) -> Config:
-    wide = n >= _WIDE
-    if m == 1:
-        return Few(8, 8, 1, 4, 128, 3) if wide else Few(8, 8, 1, 4, 64, 4)
-    if m == 2:
-        return Few(4, 16, 2, 4, 128, 3)
-    if m <= 4:
-        return Few(2, 32, 4, 2, 128, 3) if wide else Few(4, 16, 4, 2, 128, 3)
-    if m <= 16:
-        block_m = 8 if m <= 8 else 16
-        return Few(1, 32, block_m, 2, 128, 4) if wide else Few(2, 16, block_m, 2, 128, 4)
-    if m <= 128:
-        block_m = 32 if m <= 32 else 64 if m <= 64 else 128
-        return Many(64, block_m, 4, 128, 3, 1) if wide else Many(64, block_m, 4, 64, 3, 4)
-    if m <= 256:
-        return Many(128, 128, 8, 64, 3, 1) if wide else Many(64, 128, 4, 128, 3, 1)
+    for most, wide, narrow in _TABLES[kind]:
+        if m <= most:
+            return wide if n >= _WIDE else narrow
     return Decoded()
 
 

@@ -9,11 +9,11 @@ from ao_kernels.device.decode import (
     INT4,
     INT8,
     NF4,
+    above,
     float8_values,
     integers,
     nf4_levels,
-    scaled_nibbles,
-    times,
+    nibbles,
 )
 from ao_kernels.device.scales import load_scales, scale_of
 
@@ -37,29 +37,29 @@ def dequantize(
         scale_ptr + n * groups, zero_ptr + n * groups, offset_ptr + n * scalers, step_ptr + n * scalers,
         tl.zeros((ROWS,), tl.int32) + at, groups, scaler_size, ZERO, CODED, GROUP,
     )  # fmt: skip
-    scale = scale_of(raw, CODED)
-    if KIND == INT4 or KIND == NF4:
-        if KIND == INT4:
-            middle = tl.full((ROWS,), 8.0, tl.float32)
-            midpoint = tl.zeros((ROWS,), tl.float32)
-            if ZERO == 1:
-                midpoint = raw[1].to(tl.float32)
-            elif ZERO == 2:
-                middle = raw[1].to(tl.float32)
-            low, high = scaled_nibbles(
-                codes, middle[:, None], scale[:, None], midpoint[:, None], DTYPE, INTERPRET
-            )
-        else:
-            low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
-            low = times(low, scale, DTYPE, INTERPRET)
-            high = times(high, scale, DTYPE, INTERPRET)
+    scale = scale_of(raw, CODED)[:, None]
+    if KIND == INT4:
+        low, high, _ = nibbles(codes, DTYPE, INTERPRET)
+        middle = tl.full((ROWS,), 8.0, tl.float32)
+        midpoint = tl.zeros((ROWS,), tl.float32)
+        if ZERO == 1:
+            midpoint = raw[1].to(tl.float32)
+        elif ZERO == 2:
+            middle = raw[1].to(tl.float32)
+        middle = (middle + above(DTYPE))[:, None]
+        low = (low.to(tl.float32) - middle) * scale + midpoint[:, None]
+        high = (high.to(tl.float32) - middle) * scale + midpoint[:, None]
         values = tl.interleave(low, high)
+        column = 2 * at + tl.arange(0, 2 * BYTES)
+    elif KIND == NF4:
+        low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
+        values = tl.interleave(low.to(tl.float32) * scale, high.to(tl.float32) * scale)
         column = 2 * at + tl.arange(0, 2 * BYTES)
     else:
         if KIND == INT8:
-            values = integers(codes, DTYPE, INTERPRET)
+            values = integers(codes, DTYPE, INTERPRET).to(tl.float32) * scale
         else:
-            values = float8_values(codes, DTYPE, INTERPRET)
-        values = times(values, scale, DTYPE, INTERPRET)
+            values = float8_values(codes, DTYPE, INTERPRET).to(tl.float32) * scale
         column = byte
+    values = values.to(DTYPE)
     tl.store(out_ptr + n[:, None] * K + column[None, :], values, mask=(column < K)[None, :])
