@@ -160,6 +160,13 @@ def test_a_function_and_an_app_become_commands(site, run_ao):
     assert run_ao("tools", "count", "many").returncode == 2
 
 
+def test_a_command_below_kernels(site, run_ao):
+    site.install("commands", COMMANDS.replace("EXTRA", ', ao.Command("kernels greet", greet)'))
+    assert run_ao("kernels", "greet", "--name", "them").stdout == "hello them\n"
+    assert "int8_weight_linear" in run_ao("kernels").stdout
+    assert run_ao("kernels", "nothing").returncode == 2
+
+
 def test_a_command_of_ours_cannot_be_taken(site, run_ao):
     """The refusal names the plugin; ours and the plugin's other commands work."""
     site.install("commands", COMMANDS.replace("EXTRA", ', ao.Command("schemes", greet)'))

@@ -13,7 +13,8 @@ class Command:
     """A subcommand.
 
     Attributes:
-        name: as typed after ``ao``, lower case with hyphens.
+        name: as typed after ``ao``, lower case with hyphens; two words for one below ``ao kernels``, which is
+            ao's own.
         run: a function annotated for typer, or a ``typer.Typer`` app (a group of commands).
     """
 
@@ -22,6 +23,6 @@ class Command:
 
     def invalid(self) -> str | None:
         """Why the command can't be registered, or None."""
-        if not isinstance(self.name, str) or not re.fullmatch(r"[a-z][a-z0-9-]*", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"(kernels )?[a-z][a-z0-9-]*", self.name):
             return f"name {self.name!r} must be lower case letters, digits and hyphens"
         return None if callable(self.run) else "run must be a function or a typer app"

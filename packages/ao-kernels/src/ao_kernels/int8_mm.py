@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import triton
 
+from ao_kernels import tiles
 from ao_kernels.configs import Gemm, int8_config
 from ao_kernels.device import activations
 from ao_kernels.device.int8_gemm import int8_gemm, int8_gemm_copy_engine
@@ -52,7 +53,9 @@ def dynamic_linear(
     (n, k) = codes.shape
     check_columns(x, k)
     rows = x.reshape(-1, k)
-    config = config or int8_config(rows.shape[0], n)
+    if config is None:
+        found = tiles.find("int8-dynamic", rows.shape[0], n, k, x.dtype, x.device)
+        config = found if isinstance(found, Gemm) else int8_config(rows.shape[0], n)
     x_codes, x_scale = quantize_rows(rows)
     return scaled_mm(x_codes, codes, x_scale, scale, bias, x.dtype, config).view(*x.shape[:-1], n)
 
@@ -100,7 +103,7 @@ def _launch(
     flags: dict[str, Any],
 ) -> None:
     m, n, k = sizes
-    tiles = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
+    count = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
     blocks = {
         **flags, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m, "STAGES": config.stages, "num_warps": config.warps,
@@ -108,17 +111,17 @@ def _launch(
     if config.loads == "copy engine" and _has_copy_engine(x.device) and all(map(_copyable, (x, w))):
         from triton.tools.tensor_descriptor import TensorDescriptor
 
-        programs = tiles
+        programs = count
         if config.programs_per_sm:
             units = torch.cuda.get_device_properties(x.device).multi_processor_count
-            programs = min(tiles, units * config.programs_per_sm)
+            programs = min(count, units * config.programs_per_sm)
         descriptors = (
             TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
             TensorDescriptor.from_tensor(w, [config.block_n, config.block_k]),
         )
         int8_gemm_copy_engine[(programs,)](*descriptors, out, *given, m, n, k, programs, **blocks)
     else:
-        int8_gemm[(tiles,)](
+        int8_gemm[(count,)](
             x, w, out, *given, m, n, k, x.stride(0), w.stride(0), WHOLE=k % config.block_k == 0, **blocks
         )
 

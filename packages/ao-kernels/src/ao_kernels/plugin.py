@@ -15,6 +15,15 @@ def ao_register_kernels() -> list[Any]:
     return list(_kernels())
 
 
+@hookimpl
+def ao_register_commands() -> list[Any]:
+    """``ao kernels tune``."""
+    from ao_core import Command
+    from ao_kernels.commands import tune
+
+    return [Command("kernels tune", tune)]
+
+
 def _kernels() -> Iterator[Any]:
     from ao_core import Kernel, Key
     from ao_kernels import float8_linear, int4_linear, int8_linear, nf4_linear

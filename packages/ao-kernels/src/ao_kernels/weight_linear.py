@@ -13,7 +13,8 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from ao_kernels.configs import Config, Decoded, Few, Many, weight_config
+from ao_kernels import tiles
+from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, weight_config
 from ao_kernels.device import decode
 from ao_kernels.device.activations import split_planes
 from ao_kernels.device.dequantize import dequantize
@@ -106,7 +107,7 @@ def weight_linear(
         x: float ``[..., K]``.
         weight: ``[N, K]``.
         bias: float ``[N]`` or None.
-        config: the kernel and its tiles; by default those of :func:`ao_kernels.configs.weight_config`.
+        config: the kernel and its tiles; by default those that were measured, or the table's.
 
     Raises:
         RuntimeError: the columns of ``x`` and the weight differ.
@@ -116,7 +117,7 @@ def weight_linear(
     rows = x.reshape(-1, k)
     out = x.new_empty(rows.shape[0], n)
     if rows.shape[0]:
-        config = config or weight_config(weight.kind, rows.shape[0], n)
+        config = config or _config(weight.kind, rows, n)
         added = None if bias is None else bias.contiguous()
         with on_device(x.device):
             if isinstance(config, Few):
@@ -126,6 +127,12 @@ def weight_linear(
             else:
                 _decoded(rows, weight, added, out, config)
     return out.view(*x.shape[:-1], n)
+
+
+def _config(kind: str, rows: torch.Tensor, n: int) -> Config:
+    """Tiles that were measured for this call, else those of the table."""
+    found = tiles.find(kind, rows.shape[0], n, rows.shape[1], rows.dtype, rows.device)
+    return weight_config(kind, rows.shape[0], n) if found is None or isinstance(found, Gemm) else found
 
 
 def on_device(device: torch.device) -> Any:

@@ -35,8 +35,13 @@ def build() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
+    kernels = typer.Typer()  # a group of its own: plugins add to it
     for name, function in BUILT_IN.items():
-        app.command(name)(function)
+        if name == "kernels":
+            kernels.callback(invoke_without_command=True)(function)
+            app.add_typer(kernels, name=name)
+        else:
+            app.command(name)(function)
     for command, source in plugins.commands():
         alone = typer.Typer()
         _add(alone, command)
@@ -45,15 +50,16 @@ def build() -> typer.Typer:
         except Exception as error:  # noqa: BLE001 - typer refuses an annotation in many ways
             output.warn(f"command {command.name!r} of {source} is left out: typer refuses it: {error}")
         else:
-            _add(app, command)
+            _add(kernels if command.name.startswith("kernels ") else app, command)
     return app
 
 
 def _add(app: typer.Typer, command: Command) -> None:
+    name = command.name.rpartition(" ")[2]
     if isinstance(command.run, typer.Typer):
-        app.add_typer(command.run, name=command.name)
+        app.add_typer(command.run, name=name)
     else:
-        app.command(command.name)(command.run)
+        app.command(name)(command.run)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -57,6 +57,7 @@ def list_schemes(json: Json = False) -> None:
 
 
 def list_kernels(
+    context: typer.Context,
     explain: Annotated[
         str | None,
         typer.Option(metavar="OP", help="For one op: each kernel, its reason, the choice."),
@@ -65,6 +66,8 @@ def list_kernels(
     json: Json = False,
 ) -> None:
     """Show ops and their kernels; with --explain, which one runs and why the others do not."""
+    if context.invoked_subcommand is not None:
+        return
     from ao_core.kernels import KERNELS
     from ao_core.ops import OPS
 

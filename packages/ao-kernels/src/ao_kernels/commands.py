@@ -1,0 +1,132 @@
+"""``ao kernels tune``: measure tiles for the shapes of a model."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from ao_kernels.tiles import Cell
+    from ao_kernels.tuning import Found
+
+
+def tune(
+    model: Annotated[
+        str | None, typer.Argument(metavar="[MODEL]", help="A directory, a hub id or a GGUF file.")
+    ] = None,
+    shape: Annotated[
+        list[str] | None, typer.Option(metavar="NxK", help="Outputs x inputs of a linear; give several.")
+    ] = None,
+    kind: Annotated[
+        list[str] | None, typer.Option(help="int4, nf4, int8, float8 or int8-dynamic; by default all.")
+    ] = None,
+    rows: Annotated[
+        str, typer.Option(metavar="M,M,...", help="Numbers of rows; powers of two.")
+    ] = "1,2,4,8,16,32,64,128,256,512",
+    dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16 or float16.")] = "bfloat16",
+    device: Annotated[str, typer.Option(help="To measure on.")] = "cuda",
+    workers: Annotated[int | None, typer.Option(min=0, help="Processes that compile; 0: this one.")] = None,
+    again: Annotated[bool, typer.Option(help="Measure also what was measured before.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Measure tiles for the linears of MODEL, or for shapes, and keep the fastest for later calls."""
+    import torch
+
+    from ao_core import OptionError
+    from ao_kernels import tiles, tuning
+
+    where = torch.device(device)
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("tiles are measured on a GPU, and torch sees none. Install a CUDA build of torch.")
+    cells = _cells(model, shape or [], kind or list(tuning.KINDS), rows, dtype)
+    known = {} if again else tiles.saved(where)
+    open_cells = [cell for cell in cells if cell not in known]
+    count = tuning.default_workers() if workers is None else workers
+    found = []
+    with contextlib.ExitStack() as stack:
+        pool = stack.enter_context(tuning.processes(count)) if count and open_cells else None
+        for cell in _tracked(open_cells):
+            each = tuning.search(cell, where, pool=pool, workers=count)
+            tiles.save(cell, each.tiles, each.microseconds, where)
+            found.append(each)
+    _show(found, len(cells) - len(open_cells), json)
+
+
+def _cells(model: str | None, shapes: list[str], kinds: list[str], rows: str, dtype: str) -> list[Cell]:
+    from ao_core import OptionError
+    from ao_kernels.tiles import Cell, bucket
+    from ao_kernels.tuning import KINDS
+
+    if unknown := sorted(set(kinds) - set(KINDS)):
+        raise OptionError(f"--kind takes {', '.join(KINDS)}, and was given {', '.join(unknown)}.")
+    if dtype not in ("bfloat16", "float16"):
+        raise OptionError(f"--dtype takes bfloat16 or float16, and was given {dtype}.")
+    sizes = []
+    for text in shapes:
+        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
+        if match is None:
+            raise OptionError(f"--shape takes NxK, such as 14336x4096, and was given {text!r}.")
+        sizes.append((int(match[1]), int(match[2])))
+    if model is not None:
+        sizes += _shapes_of(model)
+    if not sizes:
+        raise OptionError("there is nothing to measure: give a MODEL, or --shape NxK.")
+    parts = [part.strip() for part in rows.split(",") if part.strip()]
+    if not parts or not all(part.isdecimal() and int(part) for part in parts):
+        raise OptionError(f"--rows takes whole numbers above 0, separated by commas, and was given {rows!r}.")
+    counts = sorted({bucket(int(part)) for part in parts})
+    return [Cell(kind, n, k, dtype, m) for kind in kinds for n, k in dict.fromkeys(sizes) for m in counts]
+
+
+def _shapes_of(model: str) -> list[tuple[int, int]]:
+    import torch
+
+    from ao_core import load_model
+
+    linears = (each for each in load_model(model).model.modules() if isinstance(each, torch.nn.Linear))
+    return [(each.out_features, each.in_features) for each in linears]
+
+
+def _tracked(cells: list[Cell]) -> Any:
+    from rich.console import Console
+    from rich.progress import track
+
+    return track(cells, "measuring tiles", console=Console(stderr=True), transient=True)
+
+
+def _show(found: list[Found], skipped: int, json: bool) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ao_kernels import tiles
+
+    if json:
+        import json as writer
+
+        rows = [
+            {
+                **asdict(each.cell),
+                "tiles": repr(each.tiles),
+                "microseconds": each.microseconds,
+                "before": each.before,
+                "excluded": each.excluded,
+            }
+            for each in found
+        ]
+        typer.echo(writer.dumps({"found": rows, "measured_before": skipped, "file": str(tiles.path())}))
+        return
+    table = Table("kind", "N×K", "rows", "µs", "before", "excluded", box=None)
+    for each in found:
+        cell = each.cell
+        table.add_row(
+            cell.kind, f"{cell.n}×{cell.k}", str(cell.rows), f"{each.microseconds:.1f}", f"{each.before:.1f}",
+            str(len(each.excluded)),
+        )  # fmt: skip
+    console = Console()
+    if found:
+        console.print(table)
+    console.print(f"{len(found)} measured, {skipped} measured before; kept in {tiles.path()}", soft_wrap=True)
