@@ -12,6 +12,8 @@ from ao_core.testing.kernels import KERNEL_CHECKS, kernels_of
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROVIDER = "triton" if DEVICE.type == "cuda" else "triton_interpreted"
 OPS = (
+    "int8_mm",
+    "int8_scaled_mm",
     "int4_weight_linear",
     "nf4_linear",
     "int8_weight_linear",

@@ -27,6 +27,7 @@ NAMES = [
     "Int4WeightOnlyQuantizer", "to_nf4", "linear_nf4", "NF4Tensor", "UInt4Tensor",
     "PerChannelSymmetricWeightUInt4Tensor", "Int8DynamicallyQuantizedLinearWeight",
     "Int8WeightOnlyQuantizedLinearWeight", "Int4WeightOnlyQuantizedLinearWeight", "safe_int_mm",
+    "int_matmul", "int_scaled_matmul",
     "compute_error", "get_model_size_in_bytes", "dynamically_quantize_per_tensor",
     "dynamically_quantize_per_channel", "quantize_activation_per_token_absmax",
     "dequantize_per_tensor", "dequantize_per_channel", "quant_int8_matmul",
@@ -196,3 +197,28 @@ def test_the_small_ones():
     assert compat.get_model_size_in_bytes(model) == 64 * 32 + 32 * 4 + 32 * 4
     a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((17, 63), (63, 5)))
     assert torch.equal(compat.safe_int_mm(a, b), (a.long() @ b.long()).int())
+
+
+@pytest.mark.parametrize("k", [1, 16, 17, 63, 100, 576])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_integer_products(k, dtype):
+    """Odd and even K: torchao's kernel read beyond a row where K was even but no multiple of a block."""
+    a, b = (torch.randint(-128, 128, shape, dtype=torch.int8) for shape in ((17, k), (k, 5)))
+    exact = a.long() @ b.long()
+    assert torch.equal(compat.int_matmul(a, b), exact.int())
+    scales = (torch.rand(17, 1) + 0.1).to(dtype)
+    found = compat.int_scaled_matmul(a, b, scales)
+    assert found.dtype == dtype
+    assert compat.compute_error(exact.double() * scales.double(), found.double()) > (
+        50 if dtype == torch.bfloat16 else 120
+    )
+
+
+def test_scales_that_do_not_fit_are_named():
+    a, b = torch.ones(3, 4, dtype=torch.int8), torch.ones(4, 2, dtype=torch.int8)
+    with pytest.raises(
+        ValueError, match=r"float scales of rows \[3, 1\], and was given torch.float32 \[1, 3\]"
+    ):
+        compat.int_scaled_matmul(a, b, torch.ones(1, 3))
+    with pytest.raises(TypeError, match="int8 by int8"):
+        compat.int_scaled_matmul(a.float(), b, torch.ones(3, 1))

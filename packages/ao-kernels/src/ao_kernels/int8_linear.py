@@ -1,4 +1,4 @@
-"""``int8_weight_linear`` and ``int8_dynamic_linear``: float or int8 activations times int8 weights."""
+"""Linears with int8 weights, on float and on int8 activations; and int8 products by themselves."""
 
 from __future__ import annotations
 
@@ -52,6 +52,46 @@ def dynamic_linear(
     from ao_kernels.int8_mm import dynamic_linear as run
 
     return run(x, codes, scale, bias)
+
+
+def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``a @ b`` in int32, exact, for int8 ``[M, K]`` and ``[K, N]``; fastest where ``b`` is a transpose."""
+    from ao_kernels.int8_mm import int8_mm
+
+    return int8_mm(a, b)
+
+
+def scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``(a @ b) * row_scale * column_scale + bias``, scaled in float32.
+
+    Args:
+        a: int8 ``[M, K]``.
+        b: int8 ``[K, N]``.
+        row_scale: float ``[M]``.
+        column_scale: float ``[N]`` or None.
+        bias: float ``[N]`` or None.
+        dtype: of the result.
+    """
+    from ao_kernels.int8_mm import int8_scaled_mm
+
+    return int8_scaled_mm(a, b, row_scale, column_scale, bias, dtype)
+
+
+def mm_misfit(key: Key) -> str | None:
+    """Why the operands of ``int8_mm`` or ``int8_scaled_mm`` can't be multiplied, or None."""
+    dtypes = {key.dtype, *(each[1] for each in key.weights[:1] if each)}
+    return (
+        None
+        if dtypes == {torch.int8}
+        else f"it multiplies int8, not {' and '.join(sorted(map(str, dtypes)))}"
+    )
 
 
 def dynamic_misfit(key: Key) -> str | None:

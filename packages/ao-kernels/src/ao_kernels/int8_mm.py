@@ -38,6 +38,23 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[:, :k], scale
 
 
+def int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``int8_mm``: ``a @ b`` in int32, exact, for int8 ``[M, K]`` and ``[K, N]``."""
+    return scaled_mm(a, b.t(), None, None, None, torch.int32)
+
+
+def int8_scaled_mm(
+    a: torch.Tensor,
+    b: torch.Tensor,
+    row_scale: torch.Tensor,
+    column_scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """``int8_scaled_mm``: ``(a @ b) * row_scale * column_scale + bias`` in ``dtype``."""
+    return scaled_mm(a, b.t(), row_scale, column_scale, bias, dtype)
+
+
 def dynamic_linear(
     x: torch.Tensor,
     codes: torch.Tensor,
@@ -74,9 +91,9 @@ def scaled_mm(
     Args:
         x: int8 ``[M, K]``, rows in any distance.
         w: int8 ``[N, K]``, so too.
-        x_scale: float32 ``[M]`` or None.
-        scale: float, N numbers, or None.
-        bias: float ``[N]`` or None.
+        x_scale: float ``[M]`` or None.
+        scale: float, N numbers, or None; not without ``x_scale``.
+        bias: float ``[N]`` or None; not without ``x_scale``.
         dtype: of the result.
         config: tiles; by default those of :func:`ao_kernels.configs.int8_config`.
     """
@@ -87,7 +104,7 @@ def scaled_mm(
     x, w = (each if each.stride(1) == 1 else each.contiguous() for each in (x, w))
     given = [out if each is None else each.contiguous() for each in (x_scale, scale, bias)]
     config = config or int8_config(m, n)
-    flags = {"SCALED": x_scale is not None, "BIAS": bias is not None}
+    flags = {"SCALED": (x_scale is not None) + (scale is not None), "BIAS": bias is not None}
     with on_device(x.device):
         _launch(x, w, out, given, (m, n, k), config, flags)
     return out

@@ -25,9 +25,11 @@ def ao_register_commands() -> list[Any]:
 
 
 def _kernels() -> Iterator[Any]:
+    import torch
+
     from ao_core import Kernel, Key
     from ao_kernels import float8_linear, int4_linear, int8_linear, nf4_linear
-    from ao_kernels.support import INTERPRETED, providers, rejects
+    from ao_kernels.support import HALVES, INTERPRETED, providers, rejects
 
     found: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
         "int4_weight_linear": (int4_linear.linear, int4_linear.misfit),
@@ -36,12 +38,17 @@ def _kernels() -> Iterator[Any]:
         "int8_dynamic_linear": (int8_linear.dynamic_linear, int8_linear.dynamic_misfit),
         "float8_weight_linear": (float8_linear.linear, float8_linear.misfit),
     }
+    integers: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
+        "int8_mm": (int8_linear.mm, int8_linear.mm_misfit),
+        "int8_scaled_mm": (int8_linear.scaled_mm, int8_linear.mm_misfit),
+    }
     for provider in providers():
-        for op, (fn, misfit) in found.items():
+        for op, (fn, misfit) in (found | integers).items():
+            dtypes = (torch.int8,) if op in integers else HALVES
             yield Kernel(
                 op,
                 provider,
                 fn,
                 priority=-1 if provider == INTERPRETED else 20,
-                rejects=functools.partial(rejects, provider=provider, weights=misfit),
+                rejects=functools.partial(rejects, provider=provider, weights=misfit, dtypes=dtypes),
             )

@@ -12,7 +12,7 @@ import torch
 from ao_core import Key
 
 TRITON, INTERPRETED = "triton", "triton_interpreted"
-_HALVES = (torch.bfloat16, torch.float16)
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def interpreting() -> bool:
@@ -33,13 +33,19 @@ def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
 
 
-def rejects(key: Key, provider: str, weights: Callable[[Key], str | None]) -> str | None:
+def rejects(
+    key: Key,
+    provider: str,
+    weights: Callable[[Key], str | None],
+    dtypes: tuple[torch.dtype, ...] = HALVES,
+) -> str | None:
     """Why the kernels can't run here, or None.
 
     Args:
         key: of the call.
         provider: one of :func:`providers`.
         weights: ``weights(key)`` is a reason why they can't read the weights, or None.
+        dtypes: of the activations.
     """
     if not _installed():
         return "triton is not installed: pip install triton"
@@ -51,8 +57,9 @@ def rejects(key: Key, provider: str, weights: Callable[[Key], str | None]) -> st
     if provider == TRITON and key.capability < (8, 0):
         major, minor = key.capability
         return f"it needs compute capability 8.0 or higher, and {key.device} has {major}.{minor}"
-    if key.dtype not in _HALVES:
-        return f"it takes bfloat16 and float16 activations, not {key.dtype}"
+    if key.dtype not in dtypes:
+        names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        return f"it takes {names} activations, not {key.dtype}"
     return weights(key)
 
 

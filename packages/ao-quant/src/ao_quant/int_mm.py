@@ -37,7 +37,7 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
         TypeError: an operand is not int8.
         ValueError: not 2-D, inner sizes that differ, or operands on two devices.
     """
-    _check(a, b)
+    check_int8(a, b)
     a, b = _plain(a), _plain(b)
     if a.is_cuda:
         return _cuda_mm(a, b)
@@ -46,7 +46,8 @@ def int_mm(a: Tensor, b: Tensor) -> Tensor:
     return _float_mm(a, b)
 
 
-def _check(a: Tensor, b: Tensor) -> None:
+def check_int8(a: Tensor, b: Tensor) -> None:
+    """Raise unless both are int8 matrices that can be multiplied, on one device; see :func:`int_mm`."""
     if a.dtype != torch.int8 or b.dtype != torch.int8:
         raise TypeError(f"int_mm multiplies int8 by int8; got {a.dtype} and {b.dtype}")
     if a.dim() != 2 or b.dim() != 2 or a.shape[1] != b.shape[0]:

@@ -26,9 +26,11 @@ def ao_register_schemes() -> list[Any]:
 @hookimpl
 def ao_register_ops() -> list[Any]:
     """The linears of the schemes."""
-    from ao_quant import float8_ops, int4_ops, int4_tiles, int8_ops, nf4_ops
+    from ao_quant import float8_ops, int4_ops, int4_tiles, int8_mm_ops, int8_ops, nf4_ops
 
     return [
+        int8_mm_ops.INT8_MM,
+        int8_mm_ops.INT8_SCALED_MM,
         int8_ops.INT8_WEIGHT_LINEAR,
         int8_ops.INT8_DYNAMIC_LINEAR,
         int4_ops.INT4_WEIGHT_LINEAR,
@@ -48,6 +50,7 @@ def ao_register_kernels() -> list[Any]:
         float8_ops,
         int4_ops,
         int4_tiles,
+        int8_mm_ops,
         int8_native,
         int8_ops,
         nf4_ops,
@@ -55,7 +58,7 @@ def ao_register_kernels() -> list[Any]:
     )
 
     natives = (int8_native, nibble_native, float8_native)
-    modules = (*natives, int8_ops, int4_ops, int4_tiles, nf4_ops, float8_ops)
+    modules = (*natives, int8_mm_ops, int8_ops, int4_ops, int4_tiles, nf4_ops, float8_ops)
     return [kernel for module in modules for kernel in module.KERNELS]
 
 

@@ -20,7 +20,8 @@ from ao_core import OptionError, Report, Scheme, model_bytes, quantize_, sqnr
 from ao_quant import primitives
 from ao_quant.int4 import Int4Tensor, Int4WeightOnly, Int8DynamicInt4Weight
 from ao_quant.int8 import Int8Dynamic, Int8DynamicTensor, Int8Tensor, Int8WeightOnly
-from ao_quant.int_mm import int_mm
+from ao_quant.int8_mm_ops import INT8_MM, INT8_SCALED_MM
+from ao_quant.int_mm import check_int8
 from ao_quant.nf4 import Nf4, Nf4Tensor
 from ao_quant.pointwise import swap_conv2d_1x1_to_linear
 from ao_quant.primitives import *  # noqa: F403 - they have torchao's names
@@ -206,7 +207,34 @@ def get_model_size_in_bytes(model: nn.Module) -> int:
 
 def safe_int_mm(input: Tensor, mat2: Tensor) -> Tensor:  # noqa: A002 - torchao's name
     """``input @ mat2`` of int8 matrices, int32, exact, where they are."""
-    return int_mm(input, mat2)
+    check_int8(input, mat2)
+    out: Tensor = INT8_MM(input, mat2)
+    return out
+
+
+int_matmul = safe_int_mm
+
+
+def int_scaled_matmul(a: Tensor, b: Tensor, scales1: Tensor) -> Tensor:
+    """``(a @ b) * scales1`` of int8 matrices, scaled in float32, in the dtype of ``scales1``.
+
+    Args:
+        a: int8 ``[M, K]``, any K.
+        b: int8 ``[K, N]``.
+        scales1: float ``[M, 1]``.
+
+    Raises:
+        TypeError: an operand is not int8.
+        ValueError: sizes that do not fit, or operands on two devices.
+    """
+    check_int8(a, b)
+    if scales1.shape != (a.shape[0], 1) or not scales1.is_floating_point():
+        raise ValueError(
+            f"int_scaled_matmul takes float scales of rows [{a.shape[0]}, 1], and was given {scales1.dtype} "
+            f"{list(scales1.shape)}. Pass one scale for each row of a, as a column."
+        )
+    out: Tensor = INT8_SCALED_MM(a, b, scales1.squeeze(1), None, None, scales1.dtype)
+    return out
 
 
 __all__ = [
@@ -231,6 +259,8 @@ __all__ = [
     "compute_error",
     "get_model_size_in_bytes",
     "get_scale",
+    "int_matmul",
+    "int_scaled_matmul",
     "linear_nf4",
     "safe_int_mm",
     "set_smooth_fq_attribute",

@@ -20,12 +20,14 @@ def _tile_of(index, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M:
 def _finish(
     acc, out_ptr, x_scale_ptr, scale_ptr, bias_ptr, m, n, M, N, SCALED: tl.constexpr, BIAS: tl.constexpr
 ):  # fmt: skip
-    """Scale, add the bias, store."""
+    """Scale (0: not at all, 1: rows, 2: columns too), add the bias, store."""
     inside = (m < M)[:, None] & (n < N)[None, :]
-    if SCALED:
-        rows = tl.load(x_scale_ptr + m, mask=m < M, other=0)
-        columns = tl.load(scale_ptr + n, mask=n < N, other=0).to(tl.float32)
-        result = acc.to(tl.float32) * rows[:, None] * columns[None, :]
+    if SCALED > 0:
+        rows = tl.load(x_scale_ptr + m, mask=m < M, other=0).to(tl.float32)
+        result = acc.to(tl.float32) * rows[:, None]
+        if SCALED == 2:
+            columns = tl.load(scale_ptr + n, mask=n < N, other=0).to(tl.float32)
+            result *= columns[None, :]
         if BIAS:
             result += tl.load(bias_ptr + n, mask=n < N, other=0).to(tl.float32)[None, :]
     else:
