@@ -6,6 +6,10 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption("--peers", action="store_true", help="also other libraries' kernels, where installed")
+
+
 @pytest.fixture(autouse=True)
 def two_threads():
     """What the numbers in the documents were measured with."""

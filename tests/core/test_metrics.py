@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,6 +21,7 @@ from ao_core.metrics import (
     sqnr,
     stored_bytes,
 )
+from ao_core.timing import microseconds
 
 VOCABULARY = 11
 
@@ -474,3 +476,17 @@ def test_on_cuda():
     assert perplexity(model, text(), context=10).nll == pytest.approx(on_host.nll, rel=1e-5)
     assert speed(model, text(), prefill=8).prefill_tokens_per_s > 0
     assert model_bytes(model).total == VOCABULARY**2 * 4
+
+
+def test_microseconds_of_one_call():
+    calls = []
+
+    def slow():
+        calls.append(1)
+        time.sleep(0.002)
+
+    found = microseconds([slow, slow], "cpu", replays=3)
+    assert len(calls) == 7  # one that does not count, and three rounds of two
+    assert found >= 2000  # what sleeping takes at least
+    with pytest.raises(ValueError, match="at least one call"):
+        microseconds([], "cpu")

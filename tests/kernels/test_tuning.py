@@ -160,25 +160,23 @@ def test_a_search_takes_the_fastest_that_is_right(kind, monkeypatch, device):
     other = Gemm("pointers", 16, 16, 64, 4, 3, 0, 1) if kind == "int8-dynamic" else FEW
     times = {WRONG: 1.0, BROKEN: 1.0, other: 5.0, table: 9.0}
     monkeypatch.setattr(tuning, "candidates", lambda cell: [table, WRONG, BROKEN, other])
-    make = tuning._problem
+    make = tuning._runner
 
-    def problem(cell, device, seed):
-        made = make(cell, device, seed)
-
-        def run(x, tried):
+    def runner(cell, arguments):
+        def run(tried):
             if tried == BROKEN:
                 raise RuntimeError("arange's range must be a power of 2")
             running.append(tried)
-            return made.run(x, other if tried == WRONG else tried) + (tried == WRONG)
+            return make(cell, arguments)(other if tried == WRONG else tried) + (tried == WRONG)
 
-        return tuning._Problem(made.op, made.arguments, run)
+        return run
 
     def clock(calls, device, *, replays):
         calls[0]()
         return times[running[-1]]
 
     running = []
-    monkeypatch.setattr(tuning, "_problem", problem)
+    monkeypatch.setattr(tuning, "_runner", runner)
     monkeypatch.setattr(tuning, "microseconds", clock)
     found = tuning.search(cell, device)
     assert (found.tiles, found.microseconds, found.before) == (other, 5.0, 9.0)

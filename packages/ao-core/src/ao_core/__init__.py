@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from ao_core.registry import Fault
     from ao_core.scheme import QParams, Scheme, parse_scheme, schemes
     from ao_core.tensor import InputScaledTensor, QuantizedTensor
+    from ao_core.timing import microseconds
 
 __version__ = "0.1.0"
 
@@ -58,6 +59,7 @@ _HOME = {
     "registry": ["Fault"],
     "scheme": ["QParams", "Scheme", "parse_scheme", "schemes"],
     "tensor": ["InputScaledTensor", "QuantizedTensor"],
+    "timing": ["microseconds"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -99,6 +101,7 @@ __all__ = [
     "kernel_for",
     "load",
     "load_model",
+    "microseconds",
     "model_bytes",
     "numerics",
     "parse_algorithm",

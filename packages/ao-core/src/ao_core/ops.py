@@ -42,6 +42,8 @@ class Op:
         samples: ``samples(device)`` yields argument tuples with awkward sizes.
         activations: how many leading arguments are activations. Their shapes are not part of the
             key by which a kernel is chosen, so a dynamic row count never re-chooses.
+        problem: ``problem(x, n, seed)`` makes arguments of a wanted size, for benchmarks and tuning: float
+            activations ``[M, K]``, and random weights with ``n`` outputs. None: the op is not measured.
     """
 
     def __init__(
@@ -53,19 +55,20 @@ class Op:
         fake: Callable[..., Any],
         samples: Callable[[torch.device], Iterable[tuple[Any, ...]]],
         activations: int = 1,
+        problem: Callable[[torch.Tensor, int, int], tuple[Any, ...]] | None = None,
     ) -> None:
         self.name, self.schema = name, schema
         self.reference, self.fake, self.samples = reference, fake, samples
-        self.activations = activations
-        self.problem = _schema_problem(name, schema)
-        if self.problem is None:
+        self.activations, self.problem = activations, problem
+        self.fault = _schema_problem(name, schema)
+        if self.fault is None:
             _define(self)
             self.overload = getattr(torch.ops.ao, name).default
 
     def __call__(self, *args: Any, provider: str | None = None) -> Any:
         """Run the op: one node in a graph. ``provider`` is the one that a plan pinned."""
-        if self.problem is not None:
-            raise PluginError(f"op {self.name!r} can't run: {self.problem}")
+        if self.fault is not None:
+            raise PluginError(f"op {self.name!r} can't run: {self.fault}")
         return self.overload(*args, provider=provider)
 
     def __repr__(self) -> str:
@@ -94,7 +97,7 @@ def _define(op: Op) -> None:
         if held.reference.__module__ == op.reference.__module__ and held.schema == op.schema:
             _defined[op.name] = op  # the module was reloaded
         else:
-            op.problem = f"{held.reference.__module__} has defined an op of that name already"
+            op.fault = f"{held.reference.__module__} has defined an op of that name already"
         return
     _defined[op.name] = op
     arguments, returns = op.schema.rsplit("->", 1)

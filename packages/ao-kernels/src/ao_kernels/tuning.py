@@ -9,15 +9,14 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from ao_core import OPS, AoError
-from ao_core.numerics import pack
+from ao_core import OPS, AoError, Op, microseconds
 from ao_kernels.configs import Decoded, Few, Gemm, Many, int8_config, weight_config
 from ao_kernels.int8_mm import dynamic_linear
 from ao_kernels.tiles import Cell, Tiles
-from ao_kernels.timing import microseconds
 from ao_kernels.weight_linear import Codes, weight_linear
 
 KINDS = ("int4", "nf4", "int8", "float8", "int8-dynamic")
@@ -26,7 +25,7 @@ TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3}
 
 _RING_BYTES = 120_000_000  # of weights in turn: more than the L2 cache
 _MOST_SHARED = 200_000  # bytes of shared memory that tiles may take
-_GROUPS = {"int4": 128, "nf4": 64}
+_PACKED = ("int4", "nf4")
 _ROUNDS = ((4, 3), (8, 3), (20, 1))  # replays, and by how much the field is cut after them
 
 
@@ -77,7 +76,7 @@ def _weight(cell: Cell) -> Iterator[Tiles]:
             (64, 128), {min(tile_m, 64), tile_m}, sizes, (3, 4), (1, 2, 4)
         ):
             programs = -(-cell.n // block_n) * -(-m // block_m) * split_k
-            planes = 2 if cell.kind in _GROUPS else 1
+            planes = 2 if cell.kind in _PACKED else 1
             shared = stages * size * (block_n + 2 * planes * block_m)
             if shared <= _MOST_SHARED and (split_k == 1 or programs <= 1024):
                 yield Many(block_n, block_m, 8 if block_n == 128 else 4, size, stages, split_k)
@@ -103,53 +102,39 @@ def _gemm(m: int) -> Iterator[Tiles]:
             )
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """Random weights of a cell: arguments of the op, and how the kernels are called with them."""
+_OPS = {
+    "int4": "int4_weight_linear",
+    "nf4": "nf4_linear",
+    "int8": "int8_weight_linear",
+    "float8": "float8_weight_linear",
+    "int8-dynamic": "int8_dynamic_linear",
+}
+_Run = Callable[[Any], torch.Tensor]
 
-    op: str
-    arguments: tuple[object, ...]
-    run: Callable[[torch.Tensor, Tiles], torch.Tensor]
 
-
-def _problem(cell: Cell, device: torch.device, seed: int) -> _Problem:
-    generator = torch.Generator(device).manual_seed(seed)
-
-    def uniform(*shape: int) -> torch.Tensor:
-        return torch.rand(*shape, generator=generator, device=device) / 10 + 0.01
-
-    n, k = cell.n, cell.k
-    if cell.kind in ("int8", "int8-dynamic"):
-        codes = torch.randint(-128, 128, (n, k), generator=generator, device=device, dtype=torch.int8)
-        scale = uniform(n, 1)
-        if cell.kind == "int8":
-            return _Problem(
-                "int8_weight_linear", (codes, scale, None, -1), _call(Codes("int8", codes, scale))
-            )
-        return _Problem(
-            "int8_dynamic_linear",
-            (codes, scale, None),
-            lambda x, tiles: dynamic_linear(x, codes, scale, None, tiles),  # type: ignore[arg-type]
+def _problem(cell: Cell, x: torch.Tensor, seed: int) -> tuple[Op, tuple[Any, ...]]:
+    """The op, and arguments with random weights."""
+    op = OPS.get(_OPS[cell.kind])
+    if op.problem is None:
+        raise AoError(
+            f"op {op.name} of the installed ao-quant can't be measured. Run pip install -U ao-quant."
         )
-    if cell.kind == "float8":
-        codes = (torch.randn(n, k, generator=generator, device=device) * 9).to(torch.float8_e4m3fn)
-        scale = uniform(n, 1)
-        return _Problem("float8_weight_linear", (codes, scale, None), _call(Codes("float8", codes, scale)))
-    nibbles = torch.randint(0, 16, (n, k), generator=generator, device=device, dtype=torch.uint8)
-    packed, size = pack.pack(nibbles, bits=4), _GROUPS[cell.kind]
-    groups = -(-k // size)
-    if cell.kind == "nf4":
-        absmax = torch.randint(0, 256, (n, groups), generator=generator, device=device, dtype=torch.uint8)
-        offset, step = uniform(n, -(-groups // 256)) + 0.3, uniform(n, -(-groups // 256)) / 100
-        weight = Codes("nf4", packed, absmax, size, offset=offset, step=step, scaler_size=256)
-        return _Problem("nf4_linear", (packed, absmax, offset, step, None, size, 256), _call(weight))
-    scale, zero = uniform(n, groups).bfloat16(), uniform(n, groups).bfloat16()
-    weight = Codes("int4", packed, scale, size, zero)
-    return _Problem("int4_weight_linear", (packed, scale, zero, None, size), _call(weight))
+    return op, op.problem(x, cell.n, seed)
 
 
-def _call(weight: Codes) -> Callable[[torch.Tensor, Tiles], torch.Tensor]:
-    return lambda x, tiles: weight_linear(x, weight, None, tiles)  # type: ignore[arg-type]
+def _runner(cell: Cell, arguments: tuple[Any, ...]) -> _Run:
+    """The call of the kernels with tiles, for arguments of the op."""
+    x, codes, *rest = arguments
+    if cell.kind == "int8-dynamic":
+        return lambda tiles: dynamic_linear(x, codes, rest[0], None, tiles)
+    if cell.kind == "int4":
+        weight = Codes("int4", codes, rest[0], rest[-1], rest[1])
+    elif cell.kind == "nf4":
+        absmax, offset, step, _, size, scaler_size = rest
+        weight = Codes("nf4", codes, absmax, size, offset=offset, step=step, scaler_size=scaler_size)
+    else:
+        weight = Codes(cell.kind, codes, rest[0])
+    return lambda tiles: weight_linear(x, weight, None, tiles)
 
 
 def _activations(cell: Cell, device: torch.device) -> torch.Tensor:
@@ -161,15 +146,16 @@ def _activations(cell: Cell, device: torch.device) -> torch.Tensor:
 
 def check(cell: Cell, tried: Sequence[Tiles], device: torch.device) -> list[str]:
     """For each candidate why it is not used: it fails, or its result is wrong; empty if it is right."""
-    problem, x = _problem(cell, device, 0), _activations(cell, device)
-    expected = OPS.get(problem.op).reference(x, *problem.arguments).double()
+    x = _activations(cell, device)
+    op, arguments = _problem(cell, x, 0)
+    expected, run = op.reference(*arguments).double(), _runner(cell, arguments)
     limit = TOLERANCE[x.dtype] * float(expected.norm())
-    return [_reason(problem, x, tiles, expected, limit) for tiles in tried]
+    return [_reason(run, tiles, expected, limit) for tiles in tried]
 
 
-def _reason(problem: _Problem, x: torch.Tensor, tiles: Tiles, expected: torch.Tensor, limit: float) -> str:
+def _reason(run: _Run, tiles: Tiles, expected: torch.Tensor, limit: float) -> str:
     try:
-        error = float((problem.run(x, tiles).double() - expected).norm())
+        error = float((run(tiles).double() - expected).norm())
     except Exception as failure:  # noqa: BLE001 - a compiler's, a driver's
         text = str(failure).strip() or type(failure).__name__
         return f"fails: {text.splitlines()[-1][:120]}"
@@ -218,12 +204,12 @@ def search(
     if not field_:
         raise AoError(f"no tiles are right for {cell}: {next(iter(excluded.values()))}")
     x = _activations(cell, device)
-    size = cell.n * cell.k // (2 if cell.kind in _GROUPS else 1)
+    size = cell.n * cell.k // (2 if cell.kind in _PACKED else 1)
     copies = max(2, min(_RING_BYTES // size, 16)) if device.type == "cuda" else 1
-    ring = [_problem(cell, device, seed) for seed in range(copies)]
+    ring = [_runner(cell, _problem(cell, x, seed)[1]) for seed in range(copies)]
 
     def measured(tiles: Tiles, replays: int) -> float:
-        return microseconds([lambda p=p: p.run(x, tiles) for p in ring], device, replays=replays)  # type: ignore[misc]
+        return microseconds([lambda run=run: run(tiles) for run in ring], device, replays=replays)  # type: ignore[misc]
 
     times: dict[Tiles, float] = {}
     rounds = _ROUNDS if device.type == "cuda" else ((1, len(field_)),)  # interpreted: a matter of form

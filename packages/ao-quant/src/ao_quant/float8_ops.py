@@ -184,12 +184,26 @@ def dynamic_linear_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
         yield (*args, args[2].shape[0] > 1)
 
 
+def weight_linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """``float8_weight_linear`` of ``x`` ``[M, K]`` with random weights ``[n, K]``, one scale a row."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    codes = (torch.randn(n, x.shape[-1], generator=generator, device=x.device) * 9).to(FLOAT8)
+    scale = torch.rand(n, 1, generator=generator, device=x.device) / 100 + 1e-3
+    return x, codes, scale, None
+
+
+def dynamic_linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """The same for ``float8_dynamic_linear``, activations scaled row by row."""
+    return (*weight_linear_problem(x, n, seed), True)
+
+
 FLOAT8_WEIGHT_LINEAR = Op(
     "float8_weight_linear",
     "(Tensor x, Tensor codes, Tensor scale, Tensor? bias) -> Tensor",
     reference=weight_linear_reference,
     fake=fake,
     samples=weight_linear_samples,
+    problem=weight_linear_problem,
 )
 FLOAT8_DYNAMIC_LINEAR = Op(
     "float8_dynamic_linear",
@@ -197,6 +211,7 @@ FLOAT8_DYNAMIC_LINEAR = Op(
     reference=dynamic_linear_reference,
     fake=fake,
     samples=dynamic_linear_samples,
+    problem=dynamic_linear_problem,
 )
 
 KERNELS = [

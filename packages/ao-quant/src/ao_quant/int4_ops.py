@@ -197,12 +197,34 @@ def dynamic_linear_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
         yield x, packed, scale, bias, group_size
 
 
+def _random(x: torch.Tensor, n: int, seed: int, group_size: int) -> tuple[torch.Tensor, ...]:
+    """Packed codes ``[n, ceil(K / 2)]``, scales and midpoints ``[n, G]``."""
+    generator, k = torch.Generator(x.device).manual_seed(seed), x.shape[-1]
+    codes = torch.randint(0, 16, (n, k), generator=generator, device=x.device, dtype=torch.uint8)
+    groups = -(-k // group_size)
+    scale = (torch.rand(n, groups, generator=generator, device=x.device) / 10 + 0.01).bfloat16()
+    zero = (torch.randn(n, groups, generator=generator, device=x.device) / 10).bfloat16()
+    return pack.pack(codes, bits=4), scale, zero
+
+
+def weight_linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """``int4_weight_linear`` of ``x`` ``[M, K]``, random weights in groups of 128, midpoints."""
+    return (x, *_random(x, n, seed, 128), None, 128)
+
+
+def dynamic_linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """``int8_dynamic_int4_linear`` of ``x`` ``[M, K]``, random weights ``[n, K]`` in groups of 32."""
+    packed, scale, _ = _random(x, n, seed, 32)
+    return x, packed, scale, None, 32
+
+
 INT4_WEIGHT_LINEAR = Op(
     "int4_weight_linear",
     "(Tensor x, Tensor packed, Tensor scale, Tensor? zero, Tensor? bias, int group_size) -> Tensor",
     reference=weight_linear_reference,
     fake=fake,
     samples=weight_linear_samples,
+    problem=weight_linear_problem,
 )
 INT8_DYNAMIC_INT4_LINEAR = Op(
     "int8_dynamic_int4_linear",
@@ -210,6 +232,7 @@ INT8_DYNAMIC_INT4_LINEAR = Op(
     reference=dynamic_linear_reference,
     fake=fake,
     samples=dynamic_linear_samples,
+    problem=dynamic_linear_problem,
 )
 
 KERNELS = [

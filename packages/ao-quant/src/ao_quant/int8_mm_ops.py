@@ -114,8 +114,27 @@ def scaled_mm_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
             yield a, b, rows, columns if index % 3 else None, bias if index % 2 else None, dtype
 
 
+def mm_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """``int8_mm`` of ``x`` ``[M, K]``, rounded, and the transpose of random codes ``[n, K]``."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    shape = (n, x.shape[1])
+    b = torch.randint(-128, 128, shape, generator=generator, device=x.device, dtype=torch.int8)
+    return (x.float() * 30).round().clamp(-127, 127).to(torch.int8), b.t()
+
+
+def scaled_mm_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """The same for ``int8_scaled_mm``, with scales of rows and columns, in the dtype of ``x``."""
+    rows, columns = (torch.full((size,), 0.01, device=x.device) for size in (x.shape[0], n))
+    return (*mm_problem(x, n, seed), rows, columns, None, x.dtype)
+
+
 INT8_MM = Op(
-    "int8_mm", "(Tensor a, Tensor b) -> Tensor", reference=mm_reference, fake=_mm_fake, samples=mm_samples
+    "int8_mm",
+    "(Tensor a, Tensor b) -> Tensor",
+    reference=mm_reference,
+    fake=_mm_fake,
+    samples=mm_samples,
+    problem=mm_problem,
 )
 INT8_SCALED_MM = Op(
     "int8_scaled_mm",
@@ -123,6 +142,7 @@ INT8_SCALED_MM = Op(
     reference=scaled_mm_reference,
     fake=_scaled_mm_fake,
     samples=scaled_mm_samples,
+    problem=scaled_mm_problem,
 )
 
 KERNELS = [

@@ -156,12 +156,27 @@ def dynamic_linear_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
         yield tuple(tensors)
 
 
+def weight_linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """``int8_weight_linear`` of ``x`` ``[M, K]`` with random weights ``[n, K]``, one scale a row."""
+    generator = torch.Generator(x.device).manual_seed(seed)
+    shape = (n, x.shape[-1])
+    codes = torch.randint(-128, 128, shape, generator=generator, device=x.device, dtype=torch.int8)
+    scale = torch.rand(n, 1, generator=generator, device=x.device) / 100 + 1e-3
+    return x, codes, scale, None, -1
+
+
+def dynamic_linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """The same for ``int8_dynamic_linear``."""
+    return weight_linear_problem(x, n, seed)[:-1]
+
+
 INT8_WEIGHT_LINEAR = Op(
     "int8_weight_linear",
     "(Tensor x, Tensor codes, Tensor scale, Tensor? bias, int group_size) -> Tensor",
     reference=weight_linear_reference,
     fake=_fake,
     samples=weight_linear_samples,
+    problem=weight_linear_problem,
 )
 INT8_DYNAMIC_LINEAR = Op(
     "int8_dynamic_linear",
@@ -169,6 +184,7 @@ INT8_DYNAMIC_LINEAR = Op(
     reference=dynamic_linear_reference,
     fake=_fake,
     samples=dynamic_linear_samples,
+    problem=dynamic_linear_problem,
 )
 
 KERNELS = [

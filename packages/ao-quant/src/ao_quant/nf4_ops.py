@@ -194,6 +194,20 @@ def linear_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
             yield (*moved, block_size, scaler_block_size)
 
 
+def linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
+    """``nf4_linear`` of ``x`` ``[M, K]``, random weights: blocks of 64, double quantization."""
+    generator, k = torch.Generator(x.device).manual_seed(seed), x.shape[-1]
+
+    def codes(columns: int, most: int) -> torch.Tensor:
+        return torch.randint(0, most, (n, columns), generator=generator, device=x.device, dtype=torch.uint8)
+
+    blocks = -(-k // 64)
+    scalers = -(-blocks // 256)
+    offset = torch.rand(n, scalers, generator=generator, device=x.device) / 2 + 0.3
+    step = torch.rand(n, scalers, generator=generator, device=x.device) / 500
+    return x, pack.pack(codes(k, 16), bits=4), codes(blocks, 256), offset, step, None, 64, 256
+
+
 NF4_LINEAR = Op(
     "nf4_linear",
     "(Tensor x, Tensor packed, Tensor absmax, Tensor? offset, Tensor? step, Tensor? bias, int block_size, "
@@ -201,6 +215,7 @@ NF4_LINEAR = Op(
     reference=linear_reference,
     fake=fake,
     samples=linear_samples,
+    problem=linear_problem,
 )
 
 KERNELS = [Kernel("nf4_linear", "torch", linear_torch, rejects=rejects_device)]

@@ -9,17 +9,31 @@ from collections.abc import Callable, Sequence
 import torch
 
 
-def microseconds(calls: Sequence[Callable[[], object]], device: torch.device, *, replays: int = 10) -> float:
-    """Of one call.
+def microseconds(
+    calls: Sequence[Callable[[], object]], device: torch.device | str, *, replays: int = 10
+) -> float:
+    """How long one of ``calls`` takes, in microseconds.
 
-    On CUDA: the median replay of a graph of all of ``calls`` in turn, over their number. Give each call
-    weights of its own, together larger than the L2 cache, to have them read from memory. Elsewhere: the
-    fastest round.
+    On CUDA: the median replay of a graph of all of them in turn, over their number. Give each call weights of
+    its own, together larger than the L2 cache, to have them read from memory. Elsewhere: the fastest of
+    ``replays`` rounds, after one that does not count.
+
+    Args:
+        calls: at least one. On CUDA they must be capturable: no synchronization, no new shapes.
+        device: where they run.
+        replays: rounds that count.
+
+    Raises:
+        ValueError: no calls.
     """
+    if not calls:
+        raise ValueError("microseconds needs at least one call to time")
+    device = torch.device(device)
     if device.type == "cuda":
         with torch.cuda.device(device):
             return _replayed(calls, replays)
     rounds = []
+    calls[0]()
     for _ in range(replays):
         start = time.perf_counter()
         for call in calls:
