@@ -59,30 +59,23 @@ _NF4_HALF = """
     prmt.b32 {odd}, c, a, 0x7351;
 """
 
-# $0, $1: bytes 0 to 3 as bfloat16. Sign, exponent and mantissa move in place; the exponent's bias is made up
+# $0, $1: bytes 0 to 3 as floats. Sign, exponent and mantissa move in place; the exponent's bias is made up
 # for by a multiplication, which is right for subnormal numbers too.
-_FLOAT8_BFLOAT16 = """{
+_FLOAT8 = """{{
     .reg .b32 a, b, c, d;
     prmt.b32 a, $2, 0, 0x1404;
     prmt.b32 b, $2, 0, 0x3424;
-    shr.u32 c, a, 4;
-    shr.u32 d, b, 4;
+    shr.u32 c, a, {shift};
+    shr.u32 d, b, {shift};
     and.b32 a, a, 0x80008000;
     and.b32 b, b, 0x80008000;
-    lop3.b32 a, c, 0x07f007f0, a, 0xea;
-    lop3.b32 b, d, 0x07f007f0, b, 0xea;
-    mov.b32 c, 0x7b807b80;
+    lop3.b32 a, c, {mask}, a, 0xea;
+    lop3.b32 b, d, {mask}, b, 0xea;
+    mov.b32 c, {factor};
     mov.b32 d, 0x80008000;
-    fma.rn.bf16x2 $0, a, c, d;
-    fma.rn.bf16x2 $1, b, c, d;
-}"""
-_FLOAT8_FLOAT16 = """{
-    .reg .b16 a, b;
-    mov.b32 {a, b}, $2;
-    cvt.rn.f16x2.e4m3x2 $0, a;
-    cvt.rn.f16x2.e4m3x2 $1, b;
-}"""
-
+    fma.rn.{dtype} $0, a, c, d;
+    fma.rn.{dtype} $1, b, c, d;
+}}"""
 
 # The same decoding, and scaling: nibbles less a middle, times a scale, plus a midpoint. $0 to $3 as above;
 # $4: the bytes; $5, $6: the middle, negative; $7, $8: the scale; $9, $10: the midpoint.
@@ -173,8 +166,12 @@ _INTEGERS_BFLOAT16 = tl.constexpr(
 _INTEGERS_FLOAT16 = tl.constexpr(
     _INTEGERS.format(**_F16, less_high=_twice(-1024 * 16 - 128, True), less_low=_twice(-1024, True))
 )
-_E4M3_BFLOAT16 = tl.constexpr(_FLOAT8_BFLOAT16)
-_E4M3_FLOAT16 = tl.constexpr(_FLOAT8_FLOAT16)
+_E4M3_BFLOAT16 = tl.constexpr(
+    _FLOAT8.format(shift=4, mask="0x07f007f0", factor=_twice(2.0**120, half=False), dtype="bf16x2")
+)
+_E4M3_FLOAT16 = tl.constexpr(
+    _FLOAT8.format(shift=1, mask="0x3f803f80", factor=_twice(256, half=True), dtype="f16x2")
+)
 
 
 @triton.jit

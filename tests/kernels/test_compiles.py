@@ -1,0 +1,135 @@
+"""Every kernel compiles for sm80 and sm90, down to machine code, on a machine without a GPU.
+
+Run as a script this file compiles: ``test_compiles.py ARCHITECTURE``. Triton's interpreter must be off then.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import subprocess
+import sys
+
+import pytest
+
+WEIGHTS = (  # kind, zero, coded, bytes to a scale, the scale's type
+    ("INT4", 0, False, 64, "*bf16"),
+    ("INT4", 1, False, 64, "*bf16"),
+    ("INT4", 2, False, 32, "*fp32"),
+    ("NF4", 0, True, 32, "*u8"),
+    ("NF4", 0, False, 32, "*fp32"),
+    ("INT8", 0, False, 0, "*fp32"),
+    ("INT8", 0, False, 64, "*fp32"),
+    ("FLOAT8", 0, False, 0, "*fp32"),
+)
+
+
+def compile_all(architecture: int) -> int:
+    """Compile each kernel for each kind of weight and dtype; how many there were."""
+    import triton
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    from ao_kernels.device import activations, decode, int8_gemm
+    from ao_kernels.device.dequantize import dequantize
+    from ao_kernels.device.few_rows import few_rows
+    from ao_kernels.device.many_rows import add_parts, many_rows
+
+    done = 0
+
+    def build(kernel, pointers, constants, warps=4):
+        nonlocal done
+        names = kernel.arg_names
+        signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
+        source = ASTSource(
+            fn=kernel,
+            signature=signature,
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+            attrs={
+                (names.index(name),): [["tt.divisibility", 16]]
+                for name in names
+                if signature[name].startswith("*")
+            },
+        )
+        triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
+        done += 1
+
+    for (dtype, float_type), weight in itertools.product(
+        ((tl.bfloat16, "*bf16"), (tl.float16, "*fp16")), WEIGHTS
+    ):
+        kind, zero, coded, group, scale = weight
+        pointers = {
+            "codes_ptr": "*u8",
+            "scale_ptr": scale,
+            "zero_ptr": "*u8" if zero == 2 else "*bf16",
+            "offset_ptr": "*fp32",
+            "step_ptr": "*fp32",
+            "bias_ptr": float_type,
+            "out_ptr": float_type,
+            "table_ptr": "*fp32",
+            "x_ptr": float_type,
+        }
+        size = 32 if group == 32 else 64
+        base = {
+            "KIND": getattr(decode, kind).value,
+            "ZERO": zero,
+            "CODED": coded,
+            "DTYPE": dtype,
+            "GROUP": group,
+            "BYTES": size,
+            "INTERPRET": False,
+        }
+        words = {"x_ptr": "*i32"} if kind in ("INT4", "NF4") else {}
+        for whole in (True, False):
+            few = {
+                "BIAS": True,
+                "SPLITS": 4,
+                "BLOCK_N": 16,
+                "BLOCK_M": 2,
+                "UNROLL": 1,
+                "STAGES": 3,
+                "WHOLE": whole,
+            }
+            build(few_rows, {**pointers, **words}, {**base, **few}, 2)
+            many = {"BIAS": True, "BLOCK_N": 64, "BLOCK_M": 64, "STAGES": 3, "WHOLE": whole, "SPLIT_K": 2}
+            build(many_rows, pointers, {**base, **many})
+        build(dequantize, pointers, {**base, "ROWS": 32})
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 8, "STAGES": 3}
+    for scaled in (0, 1, 2):
+        pointers = {"out_ptr": "*bf16" if scaled else "*i32", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
+        pointers["bias_ptr"] = "*bf16"
+        flags = {"SCALED": scaled, "BIAS": scaled > 0}
+        both = {**pointers, "x_ptr": "*i8", "w_ptr": "*i8"}
+        build(int8_gemm.int8_gemm, both, {**tiles, **flags, "WHOLE": False})
+        if architecture >= 90:
+            both = {**pointers, "x_desc": "tensordesc<i8[64,128]>", "w_desc": "tensordesc<i8[64,128]>"}
+            build(int8_gemm.int8_gemm_copy_engine, both, {**tiles, **flags})
+    for once in (True, False):
+        rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32"}
+        build(activations.quantize_rows, rows, {"EPS": 1e-5, "BLOCK": 4096, "ONCE": once})
+    planes = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
+    build(activations.split_planes, planes, {"DTYPE": tl.bfloat16, "BLOCK": 1024})
+    parts = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    build(add_parts, parts, {"PARTS": 4, "BIAS": True, "BLOCK": 1024})
+    return done
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", [80, 90])
+def test_every_kernel_compiles(architecture, tmp_path):
+    settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, __file__, str(architecture)],
+        env=settings,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    assert int(done.stdout.split()[-1]) > 80
+
+
+if __name__ == "__main__":
+    print(compile_all(int(sys.argv[1])))  # noqa: T201
