@@ -36,7 +36,7 @@ REGISTERS = {
     "algorithm": "ao_register_algorithms",
     "command": "ao_register_commands",
 }
-BUILT_IN_COMMANDS = frozenset({"plugins", "schemes", "kernels", "quantize", "compress", "eval"})
+BUILT_IN_COMMANDS = frozenset({"plugins", "schemes", "kernels", "quantize", "compress", "eval", "bench"})
 
 
 class PluginWarning(UserWarning):

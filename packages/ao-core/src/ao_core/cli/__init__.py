@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ao_core import plugins
-from ao_core.cli import compress, listing, modelling, output
+from ao_core.cli import bench, compress, listing, modelling, output
 from ao_core.command import Command
 from ao_core.errors import AoError
 
@@ -21,6 +21,7 @@ BUILT_IN: dict[str, Callable[..., Any]] = {
     "quantize": modelling.quantize,
     "compress": compress.compress,
     "eval": modelling.evaluate,
+    "bench": bench.bench,
 }
 
 
