@@ -1,6 +1,6 @@
 """Compare a run of the kernel benchmarks with a committed one, and fail where it is more than 10% slower.
 
-hatch run bench:run tests/benchmarks/test_kernels.py --benchmark-json=RUN.json
+hatch run bench:kernels --benchmark-json=RUN.json
 python tests/benchmarks/compare.py RUN.json docs/results/BASELINE.json      # exit code 1: slower
 python tests/benchmarks/compare.py RUN.json docs/results/BASELINE.json --save
 """
@@ -28,9 +28,12 @@ def main(run_file: str, base_file: str, *options: str) -> int:
     """Print the differences; 1 if anything is slower than ``MOST`` times the baseline."""
     run = json.loads(Path(run_file).read_text())
     rows, base = rows_of(run), Path(base_file)
+    if not rows:
+        print(f"{run_file} holds no kernel benchmarks: make it with hatch run bench:kernels")
+        return 2
     device = run["benchmarks"][0]["extra_info"].get("device", "?")
     if "--save" in options:
-        command = "hatch run bench:run tests/benchmarks/test_kernels.py --benchmark-json=RUN.json"
+        command = "hatch run bench:kernels --benchmark-json=RUN.json"
         data = {"command": command, "device": device, "rows": rows}
         base.write_text(json.dumps(data, indent=1, sort_keys=True) + "\n")
         print(f"{len(rows)} rows kept in {base}")

@@ -9,9 +9,7 @@ divided by the ring's length. Every result is checked against float64 first.
 from __future__ import annotations
 
 import json
-import statistics
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -33,28 +31,6 @@ SCHEMES = (
 RING_BYTES = 300_000_000
 
 
-def graph_us(calls: list[Callable[[], object]], replays: int = 20) -> float:
-    """Microseconds of one call: median replay of a graph of all of them, over their number."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        calls[0]()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    times = []
-    for _ in range(replays + 3):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[3:]) / len(calls)
-
-
 def measure(n: int, k: int, names: tuple[str, ...]) -> list[dict[str, float]]:
     """One row for each row count."""
     copies = max(2, RING_BYTES // (2 * n * k))
@@ -65,13 +41,15 @@ def measure(n: int, k: int, names: tuple[str, ...]) -> list[dict[str, float]]:
     for m in ROWS:
         x = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
         row: dict[str, float] = {"m": m, "n": n, "k": k}
-        row["bfloat16"] = graph_us([lambda w=w, x=x: F.linear(x, w) for w in floats])
+        row["bfloat16"] = ao.microseconds(
+            [lambda w=w, x=x: F.linear(x, w) for w in floats], "cuda", replays=20
+        )
         for name, ring in rings.items():
             expected = x.double() @ ring[0].dequantize().double().t()
             found = ao.sqnr(expected, F.linear(x, ring[0]))
             if found < min(42, schemes[name].min_linear_sqnr):
                 raise SystemExit(f"{name} is wrong at m={m}: {found:.1f} dB")
-            row[name] = graph_us([lambda w=w, x=x: F.linear(x, w) for w in ring])
+            row[name] = ao.microseconds([lambda w=w, x=x: F.linear(x, w) for w in ring], "cuda", replays=20)
         rows.append(row)
     return rows
 

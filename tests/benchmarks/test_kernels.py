@@ -120,4 +120,10 @@ def test_peers(benchmark, request, op, peer, shape, rows):
     expected, found = x.double() @ floats[0].double().t(), ring[0](x).double()
     scale = (found * expected).sum() / expected.square().sum()
     assert ao.sqnr(expected, found / scale) > 14
-    report(benchmark, [lambda each=each: each(x) for each in ring], op, (n, k, rows), n * k // 2)
+    report(
+        benchmark,
+        [lambda each=each: each(x) for each in ring],
+        op,
+        (n, k, rows),
+        n * k // (2 if op in ("int4_weight_linear", "nf4_linear") else 1),
+    )

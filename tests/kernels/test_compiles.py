@@ -87,7 +87,6 @@ def compile_all(architecture: int) -> int:
                 "SPLITS": 4,
                 "BLOCK_N": 16,
                 "BLOCK_M": 2,
-                "UNROLL": 1,
                 "STAGES": 3,
                 "WHOLE": whole,
             }

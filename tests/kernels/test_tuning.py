@@ -226,6 +226,17 @@ def test_wrong_usage_is_named(arguments, words, device):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("device", "words"),
+    [("gpu", "--device takes cuda or cuda:N"), ("meta", "not on meta"), ("cpu", "not on cpu")],
+)
+def test_devices_that_tiles_are_not_measured_on(device, words):
+    done = tune("--shape", "16x64", "--device", device, TRITON_INTERPRET="0")
+    assert done.returncode == 1
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu_it_says_so():
     done = tune("--shape", "16x64")

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
+    import torch
+
     from ao_kernels.tiles import Cell
     from ao_kernels.tuning import Found
 
@@ -34,14 +36,9 @@ def tune(
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure tiles for the linears of MODEL, or for shapes, and keep the fastest for later calls."""
-    import torch
-
-    from ao_core import OptionError
     from ao_kernels import tiles, tuning
 
-    where = torch.device(device)
-    if where.type == "cuda" and not torch.cuda.is_available():
-        raise OptionError("tiles are measured on a GPU, and torch sees none. Install a CUDA build of torch.")
+    where = _device(device)
     cells = _cells(model, shape or [], kind or list(tuning.KINDS), rows, dtype)
     known = {} if again else tiles.saved(where)
     open_cells = [cell for cell in cells if cell not in known]
@@ -54,6 +51,27 @@ def tune(
             tiles.save(cell, each.tiles, each.microseconds, where)
             found.append(each)
     _show(found, len(cells) - len(open_cells), json)
+
+
+def _device(text: str) -> torch.device:
+    import torch
+
+    from ao_core import OptionError
+    from ao_kernels.support import interpreting
+
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise OptionError(f"--device takes cuda or cuda:N, and was given {text!r}.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise OptionError("tiles are measured on a GPU, and torch sees none. Install a CUDA build of torch.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise OptionError(f"--device {text}: there are {torch.cuda.device_count()} GPUs, counted from 0.")
+    if device.type != "cuda" and not (device.type == "cpu" and interpreting()):
+        raise OptionError(
+            f"tiles are measured on a GPU (or, interpreted, with TRITON_INTERPRET=1), not on {text}."
+        )
+    return device
 
 
 def _cells(model: str | None, shapes: list[str], kinds: list[str], rows: str, dtype: str) -> list[Cell]:

@@ -56,9 +56,9 @@ def dynamic_linear(
 
 def mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``a @ b`` in int32, exact, for int8 ``[M, K]`` and ``[K, N]``; fastest where ``b`` is a transpose."""
-    from ao_kernels.int8_mm import int8_mm
+    from ao_kernels.int8_mm import scaled_mm as run
 
-    return int8_mm(a, b)
+    return run(a, b.t(), None, None, None, torch.int32)
 
 
 def scaled_mm(
@@ -79,9 +79,9 @@ def scaled_mm(
         bias: float ``[N]`` or None.
         dtype: of the result.
     """
-    from ao_kernels.int8_mm import int8_scaled_mm
+    from ao_kernels.int8_mm import scaled_mm as run
 
-    return int8_scaled_mm(a, b, row_scale, column_scale, bias, dtype)
+    return run(a, b.t(), row_scale, column_scale, bias, dtype)
 
 
 def mm_misfit(key: Key) -> str | None:

@@ -38,23 +38,6 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return codes[:, :k], scale
 
 
-def int8_mm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """``int8_mm``: ``a @ b`` in int32, exact, for int8 ``[M, K]`` and ``[K, N]``."""
-    return scaled_mm(a, b.t(), None, None, None, torch.int32)
-
-
-def int8_scaled_mm(
-    a: torch.Tensor,
-    b: torch.Tensor,
-    row_scale: torch.Tensor,
-    column_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """``int8_scaled_mm``: ``(a @ b) * row_scale * column_scale + bias`` in ``dtype``."""
-    return scaled_mm(a, b.t(), row_scale, column_scale, bias, dtype)
-
-
 def dynamic_linear(
     x: torch.Tensor,
     codes: torch.Tensor,

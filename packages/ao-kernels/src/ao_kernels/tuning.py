@@ -165,7 +165,7 @@ def _reason(run: _Run, tiles: Tiles, expected: torch.Tensor, limit: float) -> st
 def _check_in_pool(
     cell: Cell, tried: Sequence[Tiles], device: torch.device, pool: ProcessPoolExecutor, workers: int
 ) -> list[str]:
-    """The same in other processes, which also compile at once; one that dies takes its share with it."""
+    """The same in other processes, which also compile at once; if one dies the search ends with an error."""
     shares = [list(tried[start::workers]) for start in range(workers)]
     futures = [pool.submit(check, cell, share, device) for share in shares if share]
     reasons = [""] * len(tried)

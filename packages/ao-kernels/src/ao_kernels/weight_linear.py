@@ -23,7 +23,6 @@ from ao_kernels.device.many_rows import add_parts, many_rows
 from ao_kernels.support import interpreting
 
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
-_LEAST_BYTES = 16  # of a row to a tile: what the tensor cores take at once
 
 
 @dataclass(frozen=True)
@@ -163,7 +162,7 @@ def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.T
         words, codes, *parameters, x if bias is None else bias, out, _nf4_table(x.device),
         m, n, width, words.stride(0), *_sizes(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None, SPLITS=config.splits, BLOCK_N=config.block_n,
-        BLOCK_M=config.block_m, BYTES=size, UNROLL=1, STAGES=config.stages,
+        BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages,
         WHOLE=width % (size * config.splits) == 0 and n % config.block_n == 0, num_warps=config.warps,
     )  # fmt: skip
 

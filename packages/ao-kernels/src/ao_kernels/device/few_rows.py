@@ -25,7 +25,7 @@ def few_rows(
     M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
     KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BYTES: tl.constexpr, UNROLL: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    BYTES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
@@ -63,45 +63,44 @@ def few_rows(
     raw = load_scales(
         scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, start_n, groups, scaler_size, ZERO, CODED, GROUP
     )
-    for i in tl.range(0, tl.cdiv(width, SPLITS * BYTES * UNROLL), num_stages=STAGES):
-        for j in tl.static_range(UNROLL):
-            at = (i * UNROLL + j) * (SPLITS * BYTES)
-            if WHOLE:
-                codes = tl.load(code_ptrs + at)
-                x = tl.load(x_ptrs + at, mask=there, other=0)
-            else:
-                codes = tl.load(code_ptrs + at, mask=(start_n + at)[:, None] + byte[None, :] < width, other=0)
-                inside = (start_m + at)[None, :] + byte[:, None] < width
-                x = tl.load(x_ptrs + at, mask=there & inside, other=0)
-            scale = scale_of(raw, CODED)
-            middle = -(above(DTYPE) + 8.0) * scale
-            if ZERO == 1:
-                middle += raw[1].to(tl.float32)
-            elif ZERO == 2:
-                middle = -(above(DTYPE) + raw[1].to(tl.float32)) * scale
-            # What the next products are scaled by: under way while these are computed.
-            after = start_n + at + SPLITS * BYTES
-            raw = load_scales(
-                scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, after, groups, scaler_size, ZERO, CODED, GROUP
-            )
-            if KIND == INT4 or KIND == NF4:
-                even = (x & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
-                odd = (x >> 16).to(tl.int16).to(DTYPE, bitcast=True)
-            if KIND == INT4:
-                low, high, ones = nibbles(codes, DTYPE, INTERPRET)
-                part = dot(low, even, INTERPRET) + dot(high, odd, INTERPRET)
-                total = dot(ones, even, INTERPRET) + dot(ones, odd, INTERPRET)
-                acc += part * scale[:, None] + total * middle[:, None]
-            elif KIND == NF4:
-                low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
-                acc += (dot(low, even, INTERPRET) + dot(high, odd, INTERPRET)) * scale[:, None]
-            elif KIND == INT8:
-                low, high, ones = nibbles(codes ^ 128, DTYPE, INTERPRET)
-                part = dot(low, x, INTERPRET) + 16 * dot(high, x, INTERPRET)
-                part -= (17 * above(DTYPE) + 128) * dot(ones, x, INTERPRET)
-                acc += part * scale[:, None]
-            else:
-                acc += dot(float8_values(codes, DTYPE, INTERPRET), x, INTERPRET) * scale[:, None]
+    for i in tl.range(0, tl.cdiv(width, SPLITS * BYTES), num_stages=STAGES):
+        at = i * (SPLITS * BYTES)
+        if WHOLE:
+            codes = tl.load(code_ptrs + at)
+            x = tl.load(x_ptrs + at, mask=there, other=0)
+        else:
+            codes = tl.load(code_ptrs + at, mask=(start_n + at)[:, None] + byte[None, :] < width, other=0)
+            inside = (start_m + at)[None, :] + byte[:, None] < width
+            x = tl.load(x_ptrs + at, mask=there & inside, other=0)
+        scale = scale_of(raw, CODED)
+        middle = -(above(DTYPE) + 8.0) * scale
+        if ZERO == 1:
+            middle += raw[1].to(tl.float32)
+        elif ZERO == 2:
+            middle = -(above(DTYPE) + raw[1].to(tl.float32)) * scale
+        # What the next products are scaled by: under way while these are computed.
+        after = start_n + at + SPLITS * BYTES
+        raw = load_scales(
+            scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, after, groups, scaler_size, ZERO, CODED, GROUP
+        )
+        if KIND == INT4 or KIND == NF4:
+            even = (x & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
+            odd = (x >> 16).to(tl.int16).to(DTYPE, bitcast=True)
+        if KIND == INT4:
+            low, high, ones = nibbles(codes, DTYPE, INTERPRET)
+            part = dot(low, even, INTERPRET) + dot(high, odd, INTERPRET)
+            total = dot(ones, even, INTERPRET) + dot(ones, odd, INTERPRET)
+            acc += part * scale[:, None] + total * middle[:, None]
+        elif KIND == NF4:
+            low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
+            acc += (dot(low, even, INTERPRET) + dot(high, odd, INTERPRET)) * scale[:, None]
+        elif KIND == INT8:
+            low, high, ones = nibbles(codes ^ 128, DTYPE, INTERPRET)
+            part = dot(low, x, INTERPRET) + 16 * dot(high, x, INTERPRET)
+            part -= (17 * above(DTYPE) + 128) * dot(ones, x, INTERPRET)
+            acc += part * scale[:, None]
+        else:
+            acc += dot(float8_values(codes, DTYPE, INTERPRET), x, INTERPRET) * scale[:, None]
     same = (tile_n % SPLITS)[:, None] == (tile_m // BLOCK_M)[None, :]
     acc = tl.where(same, acc, 0.0)
     sums = tl.sum(tl.sum(tl.reshape(acc, (BLOCK_N, SPLITS, SPLITS, BLOCK_M)), 2), 1)
