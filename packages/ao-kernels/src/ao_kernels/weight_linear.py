@@ -160,9 +160,14 @@ def on_device(device: torch.device) -> Any:
 
 
 @functools.cache
-def _nf4_table(device: torch.device) -> torch.Tensor:
+def _levels() -> torch.Tensor:
     with torch.inference_mode(mode=False):
-        return torch.tensor(decode.NF4_LEVELS, device=device)
+        return torch.tensor(decode.NF4_LEVELS)
+
+
+def _nf4_table(unused: torch.Tensor) -> torch.Tensor:
+    """The levels, for the interpreter; compiled kernels hold them, and nothing is allocated for them."""
+    return _levels() if interpreting() else unused
 
 
 def _sizes(weight: Codes, codes: torch.Tensor, scale: torch.Tensor) -> tuple[int, ...]:
@@ -179,7 +184,7 @@ def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.T
     size = weight.tile_bytes(config.bytes)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))
     few_rows[grid](
-        words, codes, *parameters, x if bias is None else bias, out, _nf4_table(x.device),
+        words, codes, *parameters, x if bias is None else bias, out, _nf4_table(out),
         m, n, width, words.stride(0), *_sizes(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None, SPLITS=config.splits, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages,
@@ -197,7 +202,7 @@ def _many(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.
     given = x if bias is None else bias
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), parts)
     many_rows[grid](
-        x, codes, *parameters, given, target, _nf4_table(x.device),
+        x, codes, *parameters, given, target, _nf4_table(target),
         m, n, width, x.stride(0), *_sizes(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None and parts == 1, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages, SPLIT_K=parts,
@@ -274,7 +279,7 @@ def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) ->
     out = own[0].new_empty(n, columns, dtype=dtype)
     size, block = weight.tile_bytes(64 if weight.packed else 128), 32
     dequantize[(triton.cdiv(n, block), triton.cdiv(width, size))](
-        codes, *own, out, _nf4_table(codes.device), columns, width, stride, groups, *rest,
+        codes, *own, out, _nf4_table(out), columns, width, stride, groups, *rest,
         **weight.constants(dtype), ROWS=block, BYTES=size, N=n,
     )  # fmt: skip
     return out
