@@ -121,7 +121,25 @@ def run(step, model: nn.Module, tokens: int, device: str) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def measure(model: nn.Module, name: str, device: str, checked: bool = True) -> dict[str, object]:
+def profile(step, steps: int = 4) -> dict[str, list[float]]:
+    """Of the kernels that take longest: launches and microseconds a token."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    token, at = torch.tensor([1], device="cuda"), torch.tensor([9], device="cuda")
+    with torch.profiler.profile(activities=activities) as recorded:
+        for _ in range(steps):
+            step(token, at)
+        torch.cuda.synchronize()
+    on_device = [each for each in recorded.key_averages() if each.self_device_time_total > 0]
+    longest = sorted(on_device, key=lambda each: -each.self_device_time_total)[:16]
+    return {
+        each.key[:80]: [each.count / steps, round(each.self_device_time_total / steps, 1)] for each in longest
+    }
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, name: str, device: str, checked: bool = True, profiled: bool = False
+) -> dict[str, object]:
     """Seconds to compile, dB, and tokens a second of greedy decoding."""
     torch.compiler.reset()
     cuda = device == "cuda"
@@ -152,6 +170,8 @@ def measure(model: nn.Module, name: str, device: str, checked: bool = True) -> d
         "stored_bytes": sum(ao.stored_bytes(each) for each in model.parameters()),
     }
     row["decibels"] = None if decibels is None else round(decibels, 1)
+    if profiled:
+        row["kernels"] = profile(step)
     sys.stdout.write(f"{json.dumps(row)}\n")
     sys.stdout.flush()
     return row
@@ -164,6 +184,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("schemes", nargs="*", default=SCHEMES)
     parser.add_argument("--peers", action="store_true", help="torchao's int4 and int8, if it is installed")
+    parser.add_argument("--profile", action="store_true", help="name the kernels that take longest")
     parser.add_argument("--layers", type=int, default=LAYERS)
     given = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,7 +193,7 @@ def main() -> None:
         model = random_model(device, layers=given.layers)
         ao.quantize_(model, name)
         assert isinstance(model.head.weight, ao.QuantizedTensor), "the output projection was left alone"
-        rows.append(measure(model, name, device))
+        rows.append(measure(model, name, device, profiled=given.profile))
         del model
     if given.peers:
         from torchao import quantization
