@@ -95,7 +95,7 @@ def exact_zero(params: GroupParams, pruned: Tensor | None) -> GroupParams:
         return params
     steps = (params.zero.float() / params.scale.float()).clamp_(-4, MIDDLE)
     size = steps.abs()
-    power = torch.where(size < 0.5, 0.0, 2.0 ** size.clamp_min(0.5).log2().round())
+    power = torch.where(size < 0.5, 0.0, 2.0 ** size.clamp_min(1).log2().round())
     snapped = (power * steps.sign() * params.scale.float()).to(params.zero.dtype)
     return GroupParams(params.scale, torch.where(pruned, snapped, params.zero))
 

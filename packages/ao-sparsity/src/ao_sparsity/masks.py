@@ -58,11 +58,12 @@ class Level:
             return cls(value, per=per)
         if (found := re.fullmatch(r"\s*(\d+):(\d+)\s*", value)) is None:
             try:
-                return cls(float(value), per=per)
+                share = float(value)
             except ValueError:
                 raise OptionError(
                     f"a level is a share such as 0.5 or a pattern such as 2:4, and {value!r} was given."
                 ) from None
+            return cls(share, per=per)
         n, m = int(found[1]), int(found[2])
         if not 1 <= n <= m:
             raise OptionError(

@@ -216,10 +216,13 @@ class Stage:
             scheme, provider = self.schemes[name], self.providers.get(name)
             if scheme is None or isinstance(layer.weight, QuantizedTensor):
                 continue
-            if layer.kind in ("linear", "experts"):
-                self.replace(name, scheme.quantize(self.weight(name), provider=provider))
-            else:
-                self.replace(name, layer.quantize(scheme, provider=provider))
+            try:
+                if layer.kind in ("linear", "experts"):
+                    self.replace(name, scheme.quantize(self.weight(name), provider=provider))
+                else:
+                    self.replace(name, layer.quantize(scheme, provider=provider))
+            except RejectedError as error:
+                raise RejectedError(f"layer {name!r}: {error} The model was not changed.") from error
 
     def _check_zeros(self, name: str, weight: torch.Tensor) -> None:
         """Raise RejectedError if pruned weights would come back."""
@@ -229,7 +232,7 @@ class Stage:
         values = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
         if back := int(values.masked_select(zeros).count_nonzero()):
             raise RejectedError(
-                f"layer {name!r}: {back} of its {int(zeros.sum())} pruned weights are not zero any more "
+                f"{back} of its {int(zeros.sum())} pruned weights are not zero any more in {name!r} "
                 f"({getattr(weight, 'scheme', 'float')}). Use a scheme that stores 0 exactly, such as "
                 "int4-weight-only or int8-weight-only."
             )
