@@ -3,8 +3,8 @@
     python tests/benchmarks/sparsity_accuracy.py FILE [NAME ...]
 
 A name is ``ALGORITHM[ + ALGORITHM][ > SCHEME]``; ``one-shot`` before it gives all layers the inputs of the
-float model at once. What is in FILE already is not measured again. The model and the text are those of the demo, calibrated
-on 128 windows of 512 tokens and scored on 24, in float32; the model as it is shipped.
+float model at once. What is in FILE already is not measured again. The model and the text are those of the
+demo, calibrated on 128 windows of 512 tokens and scored on 24, in float32; the model as it is shipped.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "demo"))
 
-from data import smollm2_gguf, wiki_text  # noqa: E402 - the demo's
+from data import smollm2_gguf, wiki_text
 
-import ao_core as ao  # noqa: E402
-from ao_core import metrics  # noqa: E402
-from ao_core.plan import fingerprint  # noqa: E402
+import ao_core as ao
+from ao_core import metrics
+from ao_core.plan import fingerprint
 
 TOKENS, CONTEXT, SAMPLES = 12_288, 512, 128
 NAMES = (
@@ -37,9 +37,9 @@ NAMES = (
     "sparsegpt:pattern=2:4",
     "one-shot wanda",
     "one-shot wanda:pattern=2:4",
-    "wanda:per=layer",
-    "wanda:per=layer,squared=True",
-    "wanda:pattern=4:8",
+    "one-shot wanda:pattern=4:8",
+    "one-shot wanda:per=layer",
+    "one-shot wanda:per=layer,squared=True",
     "wanda:pattern=2:4 > semi-sparse",
     "wanda:pattern=2:4 > semi-sparse-int8-dynamic",
     "sparsegpt:pattern=2:4 > semi-sparse-int8-dynamic",
@@ -125,7 +125,8 @@ def _prune_at_once(model: Any, text: str, norms: dict[str, torch.Tensor]) -> Non
     algorithm: Any = ao.parse_algorithm(text)
     for name, norm in norms.items():
         weight = model.model.get_submodule(name).weight
-        weight.masked_fill_(least(wanda_scores(weight, norm), algorithm.level), 0)
+        scores = wanda_scores(weight, norm, squared=algorithm.squared)
+        weight.masked_fill_(least(scores, algorithm.level), 0)
 
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:

@@ -61,7 +61,7 @@ def test_levels_are_met_and_not_exceeded_a_second_time(name, options):
 
 
 def test_the_inputs_are_those_of_pruned_blocks():
-    """By hand: the norm of what each linear sees, blocks before it being pruned, those of its own block not."""
+    """By hand: the norm of what each linear sees, with the blocks before it pruned, but not its own."""
     model, by_hand = model_of(), model_of()
     ao.compress_(model, "wanda", data())
     stream = [x.clone() for x in data()]
@@ -71,7 +71,7 @@ def test_the_inputs_are_those_of_pruned_blocks():
             parts = [name for name, part in block.named_modules() if isinstance(part, nn.Linear)]
             handles = [
                 block.get_submodule(name).register_forward_pre_hook(
-                    lambda _, args, name=name: seen.__setitem__(
+                    lambda _, args, name=name, seen=seen: seen.__setitem__(
                         name, seen.get(name, 0) + args[0].double().square().sum((0, 1))
                     )
                 )
@@ -87,7 +87,9 @@ def test_the_inputs_are_those_of_pruned_blocks():
                 least = score.argsort(dim=-1)[:, : weight.shape[1] // 2]
                 weight.data.scatter_(1, least, 0)
             stream = [block(x) for x in stream]
-    same = [torch.equal(a == 0, b == 0) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True)]
+    same = [
+        torch.equal(a == 0, b == 0) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True)
+    ]
     assert all(same)
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True))
 
@@ -145,7 +147,7 @@ def test_gptq_makes_up_for_rounding_on_a_pruned_layer():
         model, floats = model_of(), model_of()
         ao.compress_(floats, "wanda:pattern=2:4", data())
         ao.compress_(model, algorithms, data(), scheme=scheme)
-        found.append(ao.sqnr(model_of()(unseen), model(unseen)))
+        found.append(ao.sqnr(floats(unseen), model(unseen)))
     assert found[1] > found[0]
 
 

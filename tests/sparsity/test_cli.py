@@ -34,13 +34,13 @@ def places(tmp_path_factory):
 
 
 def run(*arguments):
-    result = CliRunner().invoke(build(), [str(each) for each in arguments])
-    return result
+    return CliRunner().invoke(build(), [str(each) for each in arguments])
 
 
 def test_compress_and_eval(places, tmp_path):
     done = run("compress", places / "model", "--algorithm", "wanda", "--pattern", "2:4", "--calibration",
-               places / "text.txt", "--context", 64, "--scheme", "semi-sparse", "-o", tmp_path / "out", "--json")  # fmt: skip
+               places / "text.txt", "--context", 64, "--scheme", "semi-sparse",
+               "-o", tmp_path / "out", "--json")  # fmt: skip
     assert done.exit_code == 0, done.output
     report = json.loads(done.stdout)
     assert len(report["converted"]) == 14 and report["sparsity"] == 0.5

@@ -61,7 +61,9 @@ def test_a_weight_that_is_not_pruned_is_refused(scheme):
     made = ao.parse_scheme(scheme)
     dense = torch.randn(4, 64)
     with pytest.raises(ao.RejectedError, match="groups of four"):
-        made.pack(made.encode(dense, made.choose_qparams(dense)), made.choose_qparams(dense), dtype=dense.dtype)
+        made.pack(
+            made.encode(dense, made.choose_qparams(dense)), made.choose_qparams(dense), dtype=dense.dtype
+        )
 
 
 def test_int8_is_exact_in_integers():
@@ -108,10 +110,14 @@ def test_a_cast_is_one_of_what_is_stored():
 def test_what_is_missing_is_named(monkeypatch):
     cpu = torch.device("cpu")
     for layout in ("cusparselt", "cutlass"):
-        assert "need a CUDA device, and it lies on cpu" in rejects_layout(layout, (64, 64), torch.bfloat16, cpu)
+        assert "need a CUDA device, and it lies on cpu" in rejects_layout(
+            layout, (64, 64), torch.bfloat16, cpu
+        )
     cuda = torch.device("cuda:0")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert "compute capability 8.0, and cuda:0 has 7.5" in rejects_layout("cutlass", (64, 64), torch.int8, cuda)
+    assert "compute capability 8.0, and cuda:0 has 7.5" in rejects_layout(
+        "cutlass", (64, 64), torch.int8, cuda
+    )
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.backends.cusparselt, "is_available", lambda: False)
     assert "without cuSPARSELt" in rejects_layout("cusparselt", (64, 64), torch.bfloat16, cuda)

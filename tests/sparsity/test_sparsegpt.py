@@ -27,7 +27,7 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def by_the_paper(weight, hessian, level, block_size):
-    """Algorithm 1: the inverse loses a row and a column at each step; masks as blocks of columns are reached."""
+    """Algorithm 1: the inverse loses a row and a column a step; masks as blocks of columns are reached."""
     w, h = weight.double().clone(), hessian.double().clone()
     rows, columns = w.shape
     h.diagonal().add_(0.01 * h.diagonal().mean())

@@ -1,3 +1,3 @@
-"""Sparsity for ao: pruning on the block walk (magnitude, Wanda, SparseGPT), and 2:4 weights that are stored so."""
+"""Sparsity for ao: magnitude pruning, Wanda and SparseGPT on the block walk; 2:4 weights."""
 
 __version__ = "0.1.0"

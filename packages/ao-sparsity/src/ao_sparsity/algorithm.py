@@ -121,9 +121,7 @@ class Pruning(BlockAlgorithm):
         return self.prune(weight, seen, level)
 
     @abstractmethod
-    def prune(
-        self, weight: torch.Tensor, seen: Any, level: Level
-    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    def prune(self, weight: torch.Tensor, seen: Any, level: Level) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """``weight`` ``[N, K]`` with zeros, and facts for the report.
 
         Args:
@@ -140,9 +138,7 @@ class Magnitude(Pruning):
     name: ClassVar[str] = "magnitude"
     summary: ClassVar[str] = "zeros the smallest weights"
 
-    def prune(
-        self, weight: torch.Tensor, seen: None, level: Level
-    ) -> tuple[torch.Tensor, Mapping[str, Any]]:
+    def prune(self, weight: torch.Tensor, seen: None, level: Level) -> tuple[torch.Tensor, Mapping[str, Any]]:
         """See :meth:`Pruning.prune`."""
         return _without(weight, magnitude_scores, level), {}
 

@@ -52,7 +52,7 @@ def int8_linear_reference(
 def int8_product(
     x: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """``x``, quantized token by token, times ``codes`` int8 ``[N, K]`` with a scale a row, exact in integers."""
+    """``x``, quantized token by token, times ``codes`` int8 ``[N, K]`` with a scale a row; exact sums."""
     x_codes, x_scale = affine.quantize_per_token(x)  # int8 [..., K], float32 [..., 1]
     products = x_codes.double() @ codes.double().t()  # exact: below 2**53
     out = products.float() * x_scale * scale.view(-1)

@@ -41,8 +41,8 @@ class Level:
         number = isinstance(self.sparsity, (int, float)) and not isinstance(self.sparsity, bool)
         if not number or not 0 <= self.sparsity < 1:
             raise OptionError(
-                f"sparsity is the share of weights that become zero, from 0 to below 1, and {self.sparsity!r} "
-                "was given."
+                f"sparsity is the share of weights that become zero, from 0 to below 1, and "
+                f"{self.sparsity!r} was given."
             )
         if self.per not in get_args(Per):
             raise OptionError(f"weights are compared per row or per layer, and per={self.per!r} was given.")
@@ -117,7 +117,7 @@ def quota(sparsity: float, count: int) -> int:
 
 
 def violations(weight: torch.Tensor, n: int, m: int) -> int:
-    """How many groups of ``m`` neighbouring columns of ``weight`` ``[..., N, K]`` hold more than ``n`` non-zeros."""
+    """Groups of ``m`` neighbouring columns of ``weight`` ``[..., N, K]`` with more than ``n`` non-zeros."""
     missing = -weight.shape[-1] % m
     used = F.pad(weight != 0, (0, missing)).unflatten(-1, (-1, m))  # [..., N, G, m]
     return int((used.sum(-1) > n).sum())

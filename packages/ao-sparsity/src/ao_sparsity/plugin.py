@@ -48,7 +48,7 @@ def ao_register_algorithms() -> list[Any]:
 
 @hookimpl
 def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> list[Any]:
-    """Both schemes, for a weight that is 2:4 already and for which they are not known to be slower than float."""
+    """Both schemes, where the weight is 2:4 already and they are not known to be slower than float."""
     from ao_sparsity.semi_structured import SemiSparse, SemiSparseInt8Dynamic
 
     rows = None if sample is None else sample.numel() // max(sample.shape[-1], 1)

@@ -17,15 +17,16 @@ from ao_sparsity.sparse_cores import LAYOUTS, SEMI_SPARSE_PACKED_LINEAR, lay_out
 
 S = TypeVar("S", bound="SemiSparseTensor")
 
-# One H100, torch 2.11, CUDA graphs over a ring of weights, bfloat16: at 16 rows torch's 2:4 product takes 1.7 to
-# 2.6 times as long as the dense one, at 128 rows 1.4 to 2.1 times, at 4096 rows 0.79 to 0.95 times.
+# One H100, torch 2.11, CUDA graphs over a ring of weights, bfloat16: at 16 rows torch's 2:4 product takes 1.7
+# to 2.6 times as long as the dense one, at 128 rows 1.4 to 2.1 times, at 4096 rows 0.79 to 0.95 times.
 _SLOWER_UP_TO = 128
 
 
 class SemiSparseTensor(QuantizedTensor):
     """Two of each four columns: ``kept`` ``[..., N, 2 G]`` in the outer dtype, G = ceil(K / 4).
 
-    ``places`` uint8 ``[..., N, ceil(G / 2)]``: see :mod:`ao_sparsity.packed24`. Every device reads this layout.
+    ``places`` uint8 ``[..., N, ceil(G / 2)]``: see :mod:`ao_sparsity.packed24`. Every device reads this
+    layout.
     """
 
     data_names: ClassVar[tuple[str, ...]] = ("kept", "places")
@@ -67,7 +68,7 @@ class SemiSparseTensor(QuantizedTensor):
 
 
 class SemiSparseInt8Tensor(SemiSparseTensor):
-    """int8 ``kept``, ``places``, and ``scale`` float32 ``[..., N, 1]``; activations are quantized as they come."""
+    """int8 ``kept``, ``places``, ``scale`` float32 ``[..., N, 1]``; activations are quantized too."""
 
     data_names = ("kept", "places", "scale")
 
@@ -148,9 +149,9 @@ class _SemiSparse(Scheme):
             return None
         groups = weight[..., 0].numel() * -(-weight.shape[-1] // 4)
         return (
-            f"{bad} of its {groups} groups of four columns hold more than two non-zeros, and it is not pruned "
-            "here. Prune it before, in the same call: ao_core.compress_(model, 'wanda:pattern=2:4', batches, "
-            f"scheme={self.name!r})"
+            f"{bad} of its {groups} groups of four columns hold more than two non-zeros, and it is not "
+            "pruned here. Prune it before, in the same call: ao_core.compress_(model, 'wanda:pattern=2:4', "
+            f"batches, scheme={self.name!r})"
         )
 
     def slower(self, weight: torch.Tensor, *, rows: int | None = None) -> str | None:
@@ -158,12 +159,12 @@ class _SemiSparse(Scheme):
         dtype = torch.int8 if isinstance(self, SemiSparseInt8Dynamic) else weight.dtype
         reasons = [rejects_layout(each, tuple(weight.shape), dtype, weight.device) for each in LAYOUTS]
         if all(reasons):
-            return f"{reasons[0]}: the weight is decompressed for each product, which saves bytes, not time"
+            return f"{reasons[0]}: it is decompressed for each product, which saves bytes, not time"
         if rows is not None and rows > _SLOWER_UP_TO:
             return None
         return (
-            f"2:4 products of up to {_SLOWER_UP_TO} rows take 1.4 to 2.6 times as long as dense ones (bfloat16, one "
-            "H100); from some thousands of rows on they are faster"
+            f"2:4 products of up to {_SLOWER_UP_TO} rows take 1.4 to 2.6 times as long as dense ones "
+            "(bfloat16, one H100); from some thousands of rows on they are faster"
         )
 
     def _checked(self, codes: torch.Tensor) -> torch.Tensor:
@@ -174,9 +175,10 @@ class _SemiSparse(Scheme):
 
 @dataclass(frozen=True)
 class SemiSparse(_SemiSparse):
-    """2:4 weights in their own dtype: two of each four columns and where they stand, 9/16 of the bytes in bfloat16.
+    """2:4 weights in their own dtype: two of each four columns and where they stand.
 
-    A weight that is not 2:4 is refused. Columns that the last group of four lacks count as zeros.
+    In bfloat16 that is 9/16 of the bytes. A weight that is not 2:4 is refused. Columns that the last group
+    of four lacks count as zeros.
     """
 
     name: ClassVar[str] = "semi-sparse"
@@ -209,9 +211,10 @@ class SemiSparse(_SemiSparse):
 
 @dataclass(frozen=True)
 class SemiSparseInt8Dynamic(_SemiSparse):
-    """2:4 int8 weights, one scale a row, and int8 activations, one scale a token: 5/16 of the bytes of bfloat16.
+    """2:4 int8 weights, one scale a row, and int8 activations, one scale a token.
 
-    A weight that is not 2:4 is refused. Columns that the last group of four lacks count as zeros.
+    It takes 5/16 of the bytes of bfloat16. A weight that is not 2:4 is refused. Columns that the last group
+    of four lacks count as zeros.
     """
 
     name: ClassVar[str] = "semi-sparse-int8-dynamic"

@@ -32,8 +32,10 @@ _MULTIPLES = {
 _UNDONE_COLUMNS = 1024
 
 
-def rejects_layout(layout: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a weight ``[N, K]`` of ``dtype`` can't be laid out for the sparse tensor cores of ``device``, or None.
+def rejects_layout(
+    layout: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """Why a weight ``[N, K]`` can't be laid out for the sparse tensor cores of ``device``, or None.
 
     Names the first capability that is missing.
     """
@@ -71,15 +73,16 @@ def undo(
     if layout == "cutlass":
         from torch.sparse._semi_structured_conversions import sparse_semi_structured_to_dense_cutlass
 
-        return sparse_semi_structured_to_dense_cutlass(packed, meta)
+        dense: torch.Tensor = sparse_semi_structured_to_dense_cutlass(packed, meta)
+        return dense
     dtype = packed.dtype
     wide = torch.empty(shape, dtype=dtype, device=packed.device)
-    more = {"out_dtype": torch.int32} if dtype == torch.int8 else {}
+    out_dtype = torch.int32 if dtype == torch.int8 else None
     for start in range(0, shape[1], _UNDONE_COLUMNS):
         count = min(_UNDONE_COLUMNS, shape[1] - start)
         eye = torch.zeros(count, shape[1], dtype=dtype, device=packed.device)
         eye.diagonal(start).fill_(1)
-        wide[:, start : start + count] = torch._cslt_sparse_mm(packed, eye.t(), **more).to(dtype)
+        wide[:, start : start + count] = torch._cslt_sparse_mm(packed, eye.t(), out_dtype=out_dtype).to(dtype)
     return wide
 
 
@@ -127,7 +130,7 @@ def sparse_linear_torch(
     if scale is not None:
         flat, x_scale = affine.quantize_per_token(flat)
     flat = F.pad(flat, (0, 0, 0, -count % _MULTIPLES[layout, flat.dtype][2])).contiguous()
-    # int32 sums scaled to float16 by the weight's scale alone could overflow; bfloat16 reaches as far as float32.
+    # Sums times the weight's scale alone could overflow in float16; bfloat16 reaches as far as float32.
     fused = scale is not None and layout == "cusparselt" and x.dtype == torch.bfloat16
     if scale is None:
         own = None if bias is None else bias.to(x.dtype)
@@ -160,6 +163,7 @@ def _product(
         return torch._cslt_sparse_mm(
             packed, flat.t(), bias=bias, alpha=alpha, out_dtype=out_dtype, transpose_result=True
         )
+    assert meta is not None
     out = torch._sparse_semi_structured_mm(packed, meta, flat.t(), out_dtype=out_dtype).t().contiguous()
     return out if bias is None else out + bias
 

@@ -1,6 +1,6 @@
 """torchao's names of April 2024 for sparsity, with the paper's arithmetic; the old one where it is asked for.
 
-In torchao the metric was ``|W| · Σ x²``, compared over the whole layer, and repeated steps pruned more and more.
+In torchao the metric was ``|W| · Σ x²``, compared over the whole layer, and repeated steps pruned more.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.pruning import BaseSparsifier
+from torch.ao.pruning import BaseSparsifier  # type: ignore[attr-defined]
 
 from ao_core import ModelError
 from ao_core.calibrate import SquaredNorm
@@ -55,7 +55,7 @@ class PerChannelNormObserver(nn.Module):
         return self.collector.value if self.squared else self.collector.value.sqrt()
 
 
-class WandaSparsifier(BaseSparsifier):  # type: ignore[misc]
+class WandaSparsifier(BaseSparsifier):
     """Wanda in three calls: ``prepare``, the model on some data, ``step``; ``squash_mask`` makes it last.
 
     All linears see the inputs of the float model; ``ao_core.compress_(model, "wanda", batches)`` prunes block
@@ -83,7 +83,7 @@ class WandaSparsifier(BaseSparsifier):  # type: ignore[misc]
             "sparsity_level": sparsity_level,
             "semi_structured_block_size": semi_structured_block_size,
         }
-        self._level(**defaults)
+        self._level(sparsity_level, semi_structured_block_size)
         self._hooks: list[Any] = []
         super().__init__(defaults=defaults)
 
@@ -95,14 +95,14 @@ class WandaSparsifier(BaseSparsifier):  # type: ignore[misc]
             config: mappings with ``tensor_fqn`` and, if they differ from the defaults, ``sparsity_level`` and
                 ``semi_structured_block_size``; by default all ``nn.Linear``.
         """
-        super().prepare(model, config)
+        super().prepare(model, config)  # type: ignore[no-untyped-call]
         for group in self.groups:
             self._level(group["sparsity_level"], group["semi_structured_block_size"])
             module = group["module"]
             module.activation_post_process = PerChannelNormObserver(squared=self.torchao_2024)
             self._hooks.append(module.register_forward_pre_hook(_observe))
 
-    def step(self, use_path: bool = True) -> None:  # noqa: FBT001, FBT002 - as in torch
+    def step(self, use_path: bool = True) -> None:
         """Find the masks.
 
         Raises:
@@ -116,7 +116,7 @@ class WandaSparsifier(BaseSparsifier):  # type: ignore[misc]
             )
         super().step(use_path)
 
-    def update_mask(
+    def update_mask(  # type: ignore[override]
         self,
         module: nn.Module,
         tensor_name: str,

@@ -10,9 +10,7 @@ def magnitude_scores(weight: torch.Tensor) -> torch.Tensor:
     return weight.abs().float()
 
 
-def wanda_scores(
-    weight: torch.Tensor, squared_norm: torch.Tensor, *, squared: bool = False
-) -> torch.Tensor:
+def wanda_scores(weight: torch.Tensor, squared_norm: torch.Tensor, *, squared: bool = False) -> torch.Tensor:
     """``|W_ij| · ‖X_j‖₂`` (arXiv 2306.11695, equation 1), float32 ``[N, K]``.
 
     Args:

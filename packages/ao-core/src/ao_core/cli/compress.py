@@ -35,7 +35,8 @@ def compress(
         float | None, typer.Option(metavar="SHARE", help="Share of weights to zero, for those that prune.")
     ] = None,
     pattern: Annotated[
-        str | None, typer.Option(metavar="N:M", help="Keep N of M neighbouring weights, for those that prune.")
+        str | None,
+        typer.Option(metavar="N:M", help="Keep N of M neighbouring weights, for those that prune."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on, at most.")] = 128,
     context: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
@@ -100,14 +101,14 @@ def parse_algorithms(texts: list[str], **options: Any) -> list[Algorithm]:
     from ao_core.scheme import split_text
 
     given = {name: value for name, value in options.items() if value is not None}
-    known = [
+    known: list[set[str]] = [
         {field.name for field in fields(kind)} if is_dataclass(kind) else set()
         for kind in (ALGORITHMS.get(split_text(text)[0]) for text in texts)
     ]
     if idle := [name for name in given if not any(name in names for names in known)]:
         raise OptionError(
-            f"--{idle[0]} was given, and none of {', '.join(texts)} has an option {idle[0]}. Leave it out, or add "
-            "an algorithm that prunes, such as --algorithm wanda."
+            f"--{idle[0]} was given, and none of {', '.join(texts)} has an option {idle[0]}. Leave it "
+            "out, or add an algorithm that prunes, such as --algorithm wanda."
         )
     return [
         parse_algorithm(text, **{name: value for name, value in given.items() if name in names})
