@@ -86,18 +86,25 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 
 def exact_zero(params: GroupParams, pruned: Tensor | None) -> GroupParams:
-    """Midpoints moved so that one of the 16 codes stands for 0 exactly, where ``pruned`` ``[..., N, G]``.
+    """Parameters of about the same range in which 0 is exact, where ``pruned`` ``[..., N, G]``.
 
-    The midpoint becomes a multiple of the scale by -4, -2, -1, 0, 1, 2, 4 or 8, whichever is nearest:
-    powers of two, so that the product is exact in bfloat16 too. Integer zero points are exact as they are.
+    The midpoint becomes -4, -2, -1, 0, 1, 2, 4 or 8 times the scale, whichever holds the range in the
+    smallest steps: powers of two, so that the product is exact in bfloat16 too. Integer zero points are exact
+    as they are.
     """
     if pruned is None or params.zero is None or not params.zero.is_floating_point():
         return params
-    steps = (params.zero.float() / params.scale.float()).clamp_(-4, MIDDLE)
-    size = steps.abs()
-    power = torch.where(size < 0.5, 0.0, 2.0 ** size.clamp_min(1).log2().round())
-    snapped = (power * steps.sign() * params.scale.float()).to(params.zero.dtype)
-    return GroupParams(params.scale, torch.where(pruned, snapped, params.zero))
+    zero, scale = params.zero.float(), params.scale.float()
+    low, high = (zero - MIDDLE * scale).clamp_max_(0), (zero + (QMAX - MIDDLE) * scale).clamp_min_(0)
+    smallest, steps = torch.full_like(scale, torch.inf), torch.zeros_like(scale)
+    for power in (0, 1, -1, 2, -2, 4, -4, 8):
+        code = MIDDLE - power  # the one that stands for 0
+        below = -low / code if code else torch.where(low < 0, torch.inf, 0.0)
+        needed = torch.maximum(below, high / (QMAX - code))
+        steps = torch.where(needed < smallest, float(power), steps)
+        smallest = torch.minimum(smallest, needed)
+    scale = torch.where(pruned, smallest.clamp_min_(_TINY), scale).to(params.scale.dtype)
+    return GroupParams(scale, torch.where(pruned, (steps * scale.float()).to(scale.dtype), params.zero))
 
 
 def mse(
