@@ -1,4 +1,4 @@
-"""Weights that are no linear's: embeddings, convolutions, expert stacks, with every scheme that fits and takes dense weights."""
+"""Weights that are no linear's: embeddings, convolutions, expert stacks, with every scheme that fits."""
 
 from __future__ import annotations
 
