@@ -11,7 +11,7 @@ from torch import nn
 
 from ao_core.algorithm import Algorithm, parse_algorithm
 from ao_core.calibrate import Stage, Walker, as_batches
-from ao_core.convert import Report, made_rules, planned
+from ao_core.convert import Report, made_rules, planned, slower_than_float
 from ao_core.errors import OptionError
 from ao_core.layers import Layer
 from ao_core.metrics import model_bytes, stored_bytes
@@ -53,6 +53,9 @@ class BlockAlgorithm:
     def rejects(self, scheme: Scheme | None) -> str | None:
         """Why the algorithm can do nothing for layers that get ``scheme`` (None: stay float), or None."""
         return None
+
+    def check(self, layers: Mapping[str, Layer]) -> None:
+        """Raise :class:`OptionError` if the options don't fit ``layers``, all that can be compressed."""
 
     def prepared(self, survey: Callable[[Callable[[Stage], None]], None]) -> BlockAlgorithm:
         """The algorithm with what it must know of the whole model before its first block; itself by default.
@@ -139,12 +142,13 @@ def _compress(
     device: torch.device | str | None,
     progress: bool,
 ) -> CompressReport:
-    jobs = planned(model, plan, known)
+    jobs = planned(model, plan, known, values=False)
     layers = {layer.name: layer for layer, _, _ in jobs}
     schemes = {layer.name: None if isinstance(scheme, _Float) else scheme for layer, scheme, _ in jobs}
     providers = {layer.name: provider for layer, _, provider in jobs}
     for algorithm in algorithms:
         _check(algorithm, schemes)
+        algorithm.check(layers)
     before, old = model_bytes(model).total, {name: stored_bytes(it.weight) for name, it in layers.items()}
     walker = Walker(model, layers, schemes, batches, device=device)
 
@@ -164,6 +168,7 @@ def _compress(
         bytes_after=model_bytes(model).total,
         converted_bytes_before=sum(old[name] for name in done),
         converted_bytes_after=sum(stored_bytes(layer.weight) for layer in done.values()),
+        slower=slower_than_float({n: (s, done[n].weight) for n, s in schemes.items() if n in done and s}),
         notes=walk.notes,
         walk=walk.how,
     )

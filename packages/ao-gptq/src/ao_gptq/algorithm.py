@@ -55,7 +55,10 @@ class Gptq(BlockAlgorithm):
             assert scheme is not None
             weight = stage.weight(name)
             scheme.check(weight)
-            found = [self._rounded(*pair, scheme) for pair in zip(matrices(weight), hessians, strict=True)]
+            zeros = stage.zeros(name)
+            pruned = [None] * len(hessians) if zeros is None else matrices(zeros)
+            parts = zip(matrices(weight), hessians, pruned, strict=True)
+            found = [self._rounded(*part, scheme) for part in parts]
             codes = torch.stack([codes for codes, _, _ in found]).view(weight.shape)
             qparams = {
                 key: torch.stack([own[key] for _, own, _ in found]).view(*weight.shape[:-1], -1)
@@ -67,7 +70,7 @@ class Gptq(BlockAlgorithm):
             stage.note(name, **facts[0] if len(facts) == 1 else {"experts": facts})
 
     def _rounded(
-        self, weight: torch.Tensor, hessian: Hessian, scheme: Scheme
+        self, weight: torch.Tensor, hessian: Hessian, zeros: torch.Tensor | None, scheme: Scheme
     ) -> tuple[torch.Tensor, QParams, dict[str, Any]]:
         """Codes and parameters of a matrix ``[N, K]``, and what to say about them."""
         qparams = scheme.choose_qparams(weight)
@@ -77,7 +80,7 @@ class Gptq(BlockAlgorithm):
         nearest = output_error(weight, scheme.decode(codes, qparams), hessian.value)
         solved = gptq(
             weight, hessian.value, scheme, percdamp=self.percdamp, block_size=self.block_size,
-            act_order=self.act_order, static_groups=self.static_groups,
+            act_order=self.act_order, static_groups=self.static_groups, zeros=zeros,
         )  # fmt: skip
         error = output_error(weight, scheme.decode(solved.codes, solved.qparams), hessian.value)
         facts = {"error_rounded": nearest, "error": error, "percdamp": solved.percdamp}

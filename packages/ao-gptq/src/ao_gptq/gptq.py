@@ -70,6 +70,7 @@ def gptq(
     block_size: int = 128,
     act_order: bool = False,
     static_groups: bool = False,
+    zeros: torch.Tensor | None = None,
 ) -> Rounded:
     """Codes for ``weight`` whose outputs err little on the inputs that ``hessian`` was made of.
 
@@ -84,6 +85,7 @@ def gptq(
             the packed layout; their parameters are then those of the weight as it was.
         static_groups: fix all parameters before the first column; otherwise a group's are chosen when
             its first column is reached, from what the errors before it made of the group.
+        zeros: bool ``[N, K]``: weights that were pruned and stay zero, whatever errors are handed on to them.
 
     Raises:
         ModelError: see :func:`inverse_factor`.
@@ -99,6 +101,7 @@ def gptq(
     chosen = _split(scheme.choose_qparams(weight), -(-columns // size)) if static else []
     if order is not None:
         w, h = w[:, order], h[order][:, order]
+        zeros = None if zeros is None else zeros[:, order]
     factor, percdamp = inverse_factor(h, percdamp)
     del h
     codes: list[torch.Tensor] = [torch.empty(0)] * columns
@@ -107,10 +110,14 @@ def gptq(
         errors = torch.empty_like(span)
         for i, column in enumerate(range(start, end)):
             if not static and column % size == 0:  # the group lies in this span, or starts with it
-                chosen.append(scheme.choose_qparams(_group(w, span, start, column, size).to(weight.dtype)))
+                group = _group(w, span, start, column, size)
+                if zeros is not None:
+                    group = group.masked_fill(zeros[:, column : column + size], 0)
+                chosen.append(scheme.choose_qparams(group.to(weight.dtype)))
             own = chosen[place[column] // size]
             value = span[:, i : i + 1]
-            code = scheme.encode(value, own)
+            kept = value if zeros is None else value.masked_fill(zeros[:, column : column + 1], 0)
+            code = scheme.encode(kept, own)
             codes[place[column]] = code
             errors[:, i : i + 1] = (value - scheme.decode(code, own)) / u[i, i]
             span[:, i + 1 :].addr_(errors[:, i], u[i, i + 1 :], alpha=-1)
