@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ao_core.calibrate import processes
 from ao_core.calibrate.batches import as_batches, tensors
 from ao_core.calibrate.blocks import Blocks, NoBlocks, find_blocks
-from ao_core.calibrate.collectors import Absmax, Collector, Hessian, Sample, SquaredNorm
+from ao_core.calibrate.collectors import Absmax, Collector, Hessian, PairedHessian, Sample, SquaredNorm
 from ao_core.calibrate.stage import Stage, matrices
 from ao_core.calibrate.trace import Call, Trace, place
 from ao_core.calibrate.walker import Walk, Walker
@@ -16,6 +17,7 @@ __all__ = [
     "Collector",
     "Hessian",
     "NoBlocks",
+    "PairedHessian",
     "Sample",
     "SquaredNorm",
     "Stage",
@@ -26,5 +28,6 @@ __all__ = [
     "find_blocks",
     "matrices",
     "place",
+    "processes",
     "tensors",
 ]
