@@ -12,8 +12,9 @@ from torch import nn
 import ao_core as ao
 from ao_gptq.algorithm import Gptq
 from ao_gptq.factor import Factor, inverse_factor
-from ao_gptq.gptq import output_error
 from ao_gptq.gptq import gptq as loop
+from gptq_models import Block, data, gaussian, hessian_of, inputs, model_of
+from ao_gptq.gptq import output_error
 
 SCHEMES = [
     "int4-weight-only:group_size=32",
@@ -26,21 +27,6 @@ SCHEMES = [
     "uint4",
     "ternary",
 ]
-
-
-def gaussian(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def inputs(columns: int, tokens: int = 700, seed: int = 0) -> torch.Tensor:
-    """Correlated columns, as activations are; another seed gives other tokens of the same kind."""
-    mix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
-    rows = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-    return rows @ (mix + torch.eye(columns) / 2)
-
-
-def hessian_of(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x.t() @ x / len(x)
 
 
 def gptq(weight, hessian, scheme, *, percdamp=0.01, act_order=False, **options):
@@ -151,27 +137,14 @@ def test_columns_that_no_input_reaches_are_rounded():
     assert torch.equal(nothing.codes, rounded)
 
 
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(64)
-        self.up, self.gate, self.down = nn.Linear(64, 100), nn.Linear(64, 100), nn.Linear(100, 64)
-
-    def forward(self, x):
-        y = self.norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-def model_of():
-    torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(), Block()).eval()
-
-
-def data():
-    return [inputs(64, 400, seed).view(4, 100, 64) for seed in range(3)]
-
-
-@pytest.mark.parametrize("options", ["", ",act_order=True", ",static_groups=True,block_size=7"])
+@pytest.mark.parametrize("options", [
+        "",
+        ",act_order=False",
+        ",mse=False,static_groups=True,act_order=False,block_size=7",
+        ",true_sequential=True",
+        ",asymmetric=1.0",
+        ",true_sequential=True,asymmetric=0.5",
+    ])
 def test_a_model(options):
     model, batches, unseen = model_of(), data(), inputs(64, 300, 9)
     expected, rounded = model(unseen).detach(), copy.deepcopy(model)
@@ -186,13 +159,25 @@ def test_a_model(options):
 
 
 def test_it_composes_with_smoothquant():
-    model, batches = model_of(), data()
-    expected = model(batches[0]).detach()
-    report = ao.compress_(model, ["smoothquant", "gptq"], batches, scheme="int8-dynamic")
-    assert {facts["gptq"] for facts in report.notes.values()} <= {
-        "done", "no better than rounding to the nearest, which was kept"
-    }  # fmt: skip
-    assert ao.sqnr(expected, model(batches[0])) > 30
+    """Channels 50 times larger than the others: each helps by itself, and both together most."""
+    model, batches, unseen = model_of(), data(), inputs(64, 300, 9)
+    for block in model:
+        block.norm.weight.data[[3, 40]] *= 50
+    expected = model(unseen).detach()
+
+    def lost(algorithms):
+        tried = copy.deepcopy(model)
+        report = ao.compress_(tried, algorithms, batches, scheme="int8-dynamic-int4-weight")
+        assert len(report.converted) == 9
+        return ao.sqnr(expected, tried(unseen)), report
+
+    smoothed, _ = lost(["smoothquant"])
+    rounded, _ = lost(["gptq"])
+    both, report = lost(["smoothquant", "gptq"])
+    assert both > smoothed + 1 and both > rounded + 1
+    for facts in report.notes.values():
+        assert facts["gptq"] == "done" and facts["error"] < facts["error_rounded"]
+        assert "alpha" in facts or "smoothquant" in facts
 
 
 def test_a_layer_without_tokens_is_rounded():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -81,8 +82,11 @@ class Gptq(BlockAlgorithm):
     def visit(self, stage: Stage) -> None:
         """Quantize every layer of the stage that has a scheme."""
         for names in self._turns(stage):
+            seen = stage.schemes[names[0]].quantize_input  # type: ignore[union-attr]
             hessians: Mapping[str, Sequence[Hessian]] = (
-                stage.collect_pairs(names) if self.asymmetric else stage.collect(Hessian, names)
+                stage.collect_pairs(names, seen)
+                if self.asymmetric
+                else stage.collect(partial(Hessian, seen=seen), names)
             )
             weights = {name: stage.weight(name) for name in names}
             for name, weight in weights.items():
@@ -97,26 +101,27 @@ class Gptq(BlockAlgorithm):
             del hessians, jobs
 
     def _turns(self, stage: Stage) -> Iterator[list[str]]:
-        """Layers with a scheme, all at once or in the order in which their inputs depend on each other."""
-        names = [name for name in stage.layers if stage.schemes[name] is not None]
-        if self.true_sequential:
-            for group in [list(group) for group in stage.groups]:
-                if mine := [name for name in group if name in names]:
-                    yield mine
-                    names = [name for name in names if name not in mine]
-        if names:
-            yield names
+        """Layers with a scheme, all at once or in the order in which their inputs depend on each other.
+
+        Those whose schemes quantize activations otherwise see other inputs, and have a turn of their own.
+        """
+        left = [name for name in stage.layers if stage.schemes[name] is not None]
+        groups = [list(group) for group in stage.groups] if self.true_sequential else []
+        for group in [*groups, left]:
+            turns: dict[str, list[str]] = {}
+            for name in [name for name in group if name in left]:
+                scheme = stage.schemes[name]
+                assert scheme is not None
+                turns.setdefault("" if scheme.weight_only else str(scheme), []).append(name)
+            for names in turns.values():
+                yield names
+                left = [name for name in left if name not in names]
 
     @staticmethod
     def _put(stage: Stage, found: Found, dtype: torch.dtype) -> None:
         scheme = stage.schemes[found.name]
         assert scheme is not None
         provider = stage.providers.get(found.name)
-        stage.replace(
-            found.name, scheme.assemble(found.codes, found.qparams, dtype=dtype, provider=provider)
-        )
+        stage.replace(found.name, scheme.assemble(found.codes, found.qparams, dtype=dtype, provider=provider))
         facts: dict[str, Any] = found.facts[0] if len(found.facts) == 1 else {"experts": found.facts}
         stage.note(found.name, **facts)
-
-
-

@@ -70,7 +70,9 @@ def levels_of(scheme: Scheme) -> Levels | None:
 
 
 def accelerated(device: torch.device) -> bool:
-    """Whether a kernel other than the reference runs ``gptq_columns`` there."""
+    """Whether a kernel other than the reference runs ``gptq_columns`` there; on a CPU none is quicker."""
+    if device.type == "cpu":
+        return False
     args = next(iter(_samples(device)))
     return bool(kernel_for(GPTQ_COLUMNS, *args).provider != "reference")
 
@@ -166,7 +168,9 @@ def _fake(
     return torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(w)
 
 
-def _samples(device: torch.device) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]]:
+def _samples(
+    device: torch.device,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, int]]:
     for stack, rows, columns, groups, levels, width in (
         (1, 1, 1, 1, 2, 2),
         (1, 17, 63, 2, 16, 2),

@@ -108,7 +108,10 @@ class _Loop:
                     chosen.append(self._choose(group, first, stop))
                 groups = self._groups(first, last, static)
                 found, errors[..., inside] = self._round(
-                    span[..., inside], self.upper[:, first:last, first:last], chosen[0 if static else -1], groups
+                    span[..., inside],
+                    self.upper[:, first:last, first:last],
+                    chosen[0 if static else -1],
+                    groups,
                 )
                 codes.append(found)
                 if last < end:

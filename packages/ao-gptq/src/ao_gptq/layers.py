@@ -1,5 +1,6 @@
 """From weights and what their inputs were to codes: one factorization for each Hessian, and the better of GPTQ
-and plain rounding for each matrix."""
+and plain rounding for each matrix.
+"""
 
 from __future__ import annotations
 
@@ -82,7 +83,9 @@ def solve(job: Job, settings: Settings) -> list[Found]:
     weight = torch.cat(list(job.weights.values())) if len(rows) > 1 else first  # [N, K]
     if not hessian.tokens:
         return [
-            _joined(name, each, [_nearest(each, job.scheme, "it saw no token, and was rounded to the nearest")])
+            _joined(
+                name, each, [_nearest(each, job.scheme, "it saw no token, and was rounded to the nearest")]
+            )
             for name, each in job.weights.items()
         ]
     found = _solved(weight.unsqueeze(0), [hessian], job.scheme, settings, rows)

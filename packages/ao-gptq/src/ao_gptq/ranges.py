@@ -34,7 +34,7 @@ def choose(
     """
     parts = [scheme.choose_qparams(part) for part in weight.split(list(rows), -2)]
     own = {name: torch.cat([part[name] for part in parts], -2) for name in parts[0]}
-    if importance is None or not scales(scheme):
+    if importance is None or not scales(scheme) or any(map(_one_for_all, parts)):
         return own
     step = max(_ELEMENTS // max(weight[..., :1, :].numel(), 1), 1)
     found = [
@@ -48,6 +48,11 @@ def choose(
         for start in range(0, weight.shape[-2], step)
     ]
     return {name: torch.cat([part[name] for part in found], -2) for name in own}
+
+
+def _one_for_all(qparams: QParams) -> bool:
+    """Whether all rows of a weight share their parameters, as with one scale for a tensor."""
+    return all(value.shape[-2] > 1 and bool((value == value[..., :1, :]).all()) for value in qparams.values())
 
 
 def _searched(

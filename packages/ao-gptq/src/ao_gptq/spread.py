@@ -20,11 +20,7 @@ def spread(jobs: Sequence[Job], solve: Solve) -> Iterator[Found]:
             yield from solve(job)
         return
     owners = _owners([job.cost for job in jobs], processes.world())
-    mine = {
-        number: solve(job)
-        for number, job in enumerate(jobs)
-        if owners[number] == processes.rank()
-    }
+    mine = {number: solve(job) for number, job in enumerate(jobs) if owners[number] == processes.rank()}
     for number, job in enumerate(jobs):
         yield from _told(job, mine.get(number), owners[number])
 

@@ -7,6 +7,7 @@ from ao_core.calibrate.batches import as_batches, tensors
 from ao_core.calibrate.blocks import Blocks, NoBlocks, find_blocks
 from ao_core.calibrate.collectors import Absmax, Collector, Hessian, PairedHessian, Sample, SquaredNorm
 from ao_core.calibrate.stage import Stage, matrices
+from ao_core.calibrate.text import SentencePiece, read_texts, tokenized
 from ao_core.calibrate.trace import Call, Trace, place
 from ao_core.calibrate.walker import Walk, Walker
 
@@ -19,6 +20,7 @@ __all__ = [
     "NoBlocks",
     "PairedHessian",
     "Sample",
+    "SentencePiece",
     "SquaredNorm",
     "Stage",
     "Trace",
@@ -29,5 +31,7 @@ __all__ = [
     "matrices",
     "place",
     "processes",
+    "read_texts",
     "tensors",
+    "tokenized",
 ]

@@ -7,6 +7,7 @@ none of whose rows need be there, and counts rows as ``tokens``. Sums are float3
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 
 import torch
 
@@ -106,16 +107,28 @@ class Hessian(Collector):
     """``H = 2/n Σ x xᵀ`` over tokens: float32 ``[K, K]`` (GPTQ, arXiv 2210.17323, section 3).
 
     It is that of the squared error of one output, ``‖X w - X ŵ‖² / n``.
+
+    Args:
+        columns: input features, K.
+        device: where it lies.
+        seen: what becomes of rows before they are multiplied, such as :meth:`Scheme.quantize_input`.
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device | str = "cpu",
+        *,
+        seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
         super().__init__(columns, device)
+        self._seen = seen or (lambda rows: rows)
         self._mean = torch.zeros(columns, columns, device=device)
         self._whole = True  # else only the blocks on and right of the diagonal are up to date
 
     def add(self, rows: torch.Tensor) -> None:
         """See :meth:`Collector.add`."""
-        before, self._whole = self.tokens - rows.shape[0], False
+        rows, before, self._whole = self._seen(rows), self.tokens - rows.shape[0], False
         # A running mean: the sum of many tokens would lose the last bits of late ones.
         for start, end in _bands(self.columns):
             add_product(
@@ -149,15 +162,21 @@ class PairedHessian(Hessian):
             float32 ``[K, K]`` (GPTAQ, arXiv 2504.02692, section 3).
     """
 
-    def __init__(self, columns: int, device: torch.device | str = "cpu") -> None:
-        super().__init__(columns, device)
+    def __init__(
+        self,
+        columns: int,
+        device: torch.device | str = "cpu",
+        *,
+        seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> None:
+        super().__init__(columns, device, seen=seen)
         self.cross = torch.zeros(columns, columns, device=device)
         self._paired = 0
 
     def pair(self, x: torch.Tensor, reference: torch.Tensor) -> None:
         """Take in rows ``x`` ``[..., K]``, and the same rows as the float model has them."""
         self.update(x)
-        rows = x.detach().reshape(-1, self.columns).to(self.device)
+        rows = self._seen(x.detach().reshape(-1, self.columns).to(self.device))
         wanted = reference.detach().reshape(-1, self.columns).to(self.device)
         before, self._paired = self._paired, self._paired + rows.shape[0]
         if rows.shape[0]:

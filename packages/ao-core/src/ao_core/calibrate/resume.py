@@ -86,7 +86,9 @@ class Resume:
                 "notes": notes,
             }
             temporary = self._file(number).with_suffix(".tmp")
-            save_file(owned({k: v.cpu() for k, v in parts.items()}), temporary, metadata={"ao": json.dumps(said)})
+            save_file(
+                owned({k: v.cpu() for k, v in parts.items()}), temporary, metadata={"ao": json.dumps(said)}
+            )
             _rename(temporary, self._file(number))
         processes.gathered(None)  # nobody goes on before it is there
 
@@ -156,7 +158,9 @@ def _compare(index: Path, parts: Mapping[str, str]) -> None:
     try:
         held = json.loads(index.read_text("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{index} is damaged ({error}). Delete its directory and begin anew.") from error
+        raise CheckpointError(
+            f"{index} is damaged ({error}). Delete its directory and begin anew."
+        ) from error
     if other := [part for part in parts if held.get(part) != parts[part]]:
         raise CheckpointError(
             f"{index.parent} holds a walk with another {' and '.join(other)}, which can't be resumed by this "

@@ -105,7 +105,9 @@ class Stage:
             if len(found) == len(weights):
                 break
         if self.shared:  # all must agree, also about layers that only some have seen
-            found = {name: group for each in reversed(processes.gathered(found)) for name, group in each.items()}
+            found = {
+                name: group for each in reversed(processes.gathered(found)) for name, group in each.items()
+            }
         return list(dict.fromkeys(found.values()))
 
     def run(self, index: int) -> Any:
@@ -139,14 +141,19 @@ class Stage:
                 self.run(index)
         return self._collected(found, leaders)
 
-    def collect_pairs(self, names: Iterable[str] | None = None) -> dict[str, list[PairedHessian]]:
+    def collect_pairs(
+        self,
+        names: Iterable[str] | None = None,
+        seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> dict[str, list[PairedHessian]]:
         """:meth:`collect` Hessians, and what each input lacks of that in the float model.
 
         The float model's inputs come from :attr:`reference`; without it, from the stage's own batches and
         float weights. Inputs are paired by the order of a layer's calls; those of experts, which the two
-        may route differently, are not paired, nor is padding.
+        may route differently, are not paired, nor is padding. ``seen`` is what becomes of an input before it
+        is multiplied; that of the float model stays as it is.
         """
-        found, leaders = self._made(PairedHessian, names)
+        found, leaders = self._made(partial(PairedHessian, seen=seen), names)
         weights = {name: self._layers[name].weight for name in found}
         floats = self.reference or self._inputs
         for index in range(self.batches):
