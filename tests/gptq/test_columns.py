@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 from gptq_models import gaussian, hessian_of, inputs
 
 import ao_core as ao
@@ -31,7 +30,8 @@ triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="
 INTERPRETED = """
 import torch
 from ao_core import KERNELS
-from ao_core.testing.kernels import check_equals_reference, check_inputs_unchanged, check_non_contiguous, kernels_of
+from ao_core.testing.kernels import check_equals_reference, check_inputs_unchanged
+from ao_core.testing.kernels import check_non_contiguous, kernels_of
 found = [(op, kernel) for op, kernel in kernels_of("gptq_columns") if kernel.provider == "triton_interpreted"]
 assert len(found) == 1
 for check in (check_equals_reference, check_inputs_unchanged, check_non_contiguous):
@@ -114,7 +114,11 @@ def compile_all(architecture: int) -> int:
 def test_the_kernel_compiles(architecture, tmp_path):
     settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
     done = subprocess.run(
-        [sys.executable, __file__, str(architecture)], env=settings, capture_output=True, text=True, check=False
+        [sys.executable, __file__, str(architecture)],
+        env=settings,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     assert int(done.stdout.split()[-1]) == 12

@@ -7,13 +7,13 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from gptq_models import Block, data, gaussian, hessian_of, inputs, model_of
 from torch import nn
 
 import ao_core as ao
 from ao_gptq.algorithm import Gptq
 from ao_gptq.factor import Factor, inverse_factor
 from ao_gptq.gptq import gptq as loop
-from gptq_models import Block, data, gaussian, hessian_of, inputs, model_of
 from ao_gptq.gptq import output_error
 
 SCHEMES = [
@@ -137,14 +137,17 @@ def test_columns_that_no_input_reaches_are_rounded():
     assert torch.equal(nothing.codes, rounded)
 
 
-@pytest.mark.parametrize("options", [
+@pytest.mark.parametrize(
+    "options",
+    [
         "",
         ",act_order=False",
         ",mse=False,static_groups=True,act_order=False,block_size=7",
         ",true_sequential=True",
         ",asymmetric=1.0",
         ",true_sequential=True,asymmetric=0.5",
-    ])
+    ],
+)
 def test_a_model(options):
     model, batches, unseen = model_of(), data(), inputs(64, 300, 9)
     expected, rounded = model(unseen).detach(), copy.deepcopy(model)

@@ -26,9 +26,8 @@ with processes.started(torch.device("cpu")):
     assert processes.world() == 2
     model, batches = model_of(), data(5)
     report = ao.compress_(model, {algorithm!r}, batches, scheme={scheme!r})
-    tokens = {{name: facts["tokens"] for name, facts in report.notes.items()}}
-    torch.save({{"codes": {{n: w.dequantize() for n, w in model.named_parameters() if "weight" in n and w.ndim == 2}},
-                "notes": report.notes}}, {out!r} + str(processes.rank()))
+    codes = {{n: w.dequantize() for n, w in model.named_parameters() if "weight" in n and w.ndim == 2}}
+    torch.save({{"codes": codes, "notes": report.notes}}, {out!r} + str(processes.rank()))
 """
 
 
@@ -43,7 +42,9 @@ with processes.started(torch.device("cpu")):
 def test_two_processes_find_what_one_finds(algorithm, scheme, tmp_path):
     script = tmp_path / "run.py"
     folder = str(Path(__file__).parent)
-    script.write_text(RUN.format(folder=folder, algorithm=algorithm, scheme=scheme, out=str(tmp_path / "out")))
+    script.write_text(
+        RUN.format(folder=folder, algorithm=algorithm, scheme=scheme, out=str(tmp_path / "out"))
+    )
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -73,7 +73,9 @@ def test_kill_minus_nine_in_the_third_block(algorithms, scheme, tmp_path, monkey
         from ao_gptq.algorithm import Gptq
 
         visited, visit = [], Gptq.visit
-        monkeypatch.setattr(Gptq, "visit", lambda self, stage: (visited.append(stage.name), visit(self, stage)))
+        monkeypatch.setattr(
+            Gptq, "visit", lambda self, stage: (visited.append(stage.name), visit(self, stage))
+        )
         report = ao.compress_(resumed, algorithms, data(), scheme=scheme, resume=directory)
         assert visited == ["2", "3"]
         assert report.notes == expected.notes
@@ -105,7 +107,7 @@ def test_what_another_run_left_is_refused(tmp_path):
         again(algorithm="gptq:scheme=int8-weight-only,percdamp=0.02")
     last = tmp_path / "block-00002.safetensors"
     last.write_bytes(last.read_bytes()[:100])
-    with pytest.raises(ao.CheckpointError, match="block-00002.safetensors is damaged"):
+    with pytest.raises(ao.CheckpointError, match=r"block-00002.safetensors is damaged"):
         again()
 
 

@@ -247,14 +247,12 @@ def _remembering(walker: Walker) -> Iterator[None]:
         ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
         if not ran_out and "can't allocate memory" not in str(error):
             raise
-        first = walker.batches[0]
-        held = sum(t.numel() for batch in walker.batches for t in tensors(batch)[:1])
-        sizes = [tuple(t.shape) for t in tensors(first)[:1]]
+        batches = walker.batches
+        sizes = [str(tuple(tensor.shape)) for tensor in tensors(batches[0])[:1]] or ["without a tensor"]
         raise ModelError(
-            f"memory ran out on {walker.placement.device} while calibrating on {len(walker.batches)} batches, "
-            f"the first {sizes[0] if sizes else type(first).__name__} ({held} values in all): {error}. Give "
-            "smaller batches, fewer samples (--samples) or a smaller --context; or device='cuda' for a model "
-            "that lies on the CPU, of which one block at a time is then on the GPU."
+            f"memory ran out on {walker.placement.device} while calibrating on {len(batches)} batches, the "
+            f"first {sizes[0]}: {error}. Give smaller batches, fewer samples (--samples) or a smaller "
+            "--context; or device='cuda' for a model that lies on the CPU: one block at a time is then there."
         ) from error
 
 

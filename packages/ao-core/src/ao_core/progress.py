@@ -14,7 +14,7 @@ class Show(Protocol):
     """Says how far something is."""
 
     def __call__(self, done: int, total: int, said: str = "", *, whole: bool = False) -> None:
-        """Show ``done`` of ``total``; ``said`` beside it, or if it is ``whole``, also where there is no bar."""
+        """Show ``done`` of ``total``, ``said`` beside it; a ``whole`` one also where there is no bar."""
 
 
 @contextmanager

@@ -90,7 +90,7 @@ class Scheme:
         raise NotImplementedError(f"{type(self).__name__} must define decode()")
 
     def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
-        """Activations ``[..., K]`` as the linear multiplies them: what their codes stand for, or ``x`` itself.
+        """Activations ``[..., K]`` as the linear multiplies them: what their codes stand for, or ``x``.
 
         A scheme that quantizes activations writes this too, so that calibration sees what they become.
         """

@@ -81,6 +81,10 @@ class Gptq(BlockAlgorithm):
 
     def visit(self, stage: Stage) -> None:
         """Quantize every layer of the stage that has a scheme."""
+        settings = Settings(
+            self.percdamp, self.block_size, self.act_order, self.static_groups, self.mse, self.asymmetric,
+            self.min_tokens,
+        )  # fmt: skip
         for names in self._turns(stage):
             seen = stage.schemes[names[0]].quantize_input  # type: ignore[union-attr]
             hessians: Mapping[str, Sequence[Hessian]] = (
@@ -91,12 +95,8 @@ class Gptq(BlockAlgorithm):
             weights = {name: stage.weight(name) for name in names}
             for name, weight in weights.items():
                 stage.schemes[name].check(weight)  # type: ignore[union-attr]
-            settings = Settings(
-                self.percdamp, self.block_size, self.act_order, self.static_groups, self.mse,
-                self.asymmetric, self.min_tokens,
-            )  # fmt: skip
             jobs = jobs_of({name: (weights[name], hessians[name], stage.schemes[name]) for name in names})
-            for found in spread(jobs, lambda job: solve(job, settings)):
+            for found in spread(jobs, partial(solve, settings=settings)):
                 self._put(stage, found, weights[found.name].dtype)
             del hessians, jobs
 

@@ -174,9 +174,9 @@ def _samples(
     for stack, rows, columns, groups, levels, width in (
         (1, 1, 1, 1, 2, 2),
         (1, 17, 63, 2, 16, 2),
-        (2, 33, 100, 7, 16, 16),
+        (2, 3, 33, 7, 16, 16),
         (1, 5, 17, 1, 256, 2),
-        (3, 40, 64, 3, 3, 3),
+        (3, 5, 16, 3, 3, 3),
     ):
         generator = torch.Generator().manual_seed(columns)
         w = torch.randn(stack, rows, columns, generator=generator)
@@ -200,8 +200,8 @@ GPTQ_COLUMNS = Op(
 )
 """Round columns ``w`` float32 ``[B, N, C]`` in order, and take each error out of those after it.
 
-``upper`` ``[B, C, C]`` is that part of the inverse Hessian's factor; ``groups`` int32 ``[B, C]`` says which of G
-tables a column uses; ``table`` is float32 ``[B, N, G, 2]``, the lowest of ``levels`` levels and their distance, or
-``[B, N, G, levels]``, growing. Returns how many levels above the lowest each weight became, uint8 ``[B, N, C]``, and
-the errors over the factor's diagonal, float32 ``[B, N, C]``.
+``upper`` ``[B, C, C]`` is that part of the inverse Hessian's factor; ``groups`` int32 ``[B, C]`` says which
+of G tables a column uses; ``table`` is float32 ``[B, N, G, 2]``, the lowest of ``levels`` levels and their
+distance, or ``[B, N, G, levels]``, growing. Returns how many levels above the lowest each weight became,
+uint8 ``[B, N, C]``, and the errors over the factor's diagonal, float32 ``[B, N, C]``.
 """

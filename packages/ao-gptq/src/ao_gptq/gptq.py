@@ -1,7 +1,7 @@
 """GPTQ (arXiv 2210.17323): round a weight column by column, and let the later columns make up for each error.
 
 Free functions on a matrix or a stack of them. The scheme says what a column becomes (``encode`` and
-``decode`` with the parameters of its group), so that integers, code books and floats go through the same loop.
+``decode`` with the parameters of its group): integers, code books and floats go through the same loop.
 """
 
 from __future__ import annotations

@@ -1,5 +1,6 @@
-"""From weights and what their inputs were to codes: one factorization for each Hessian, and the better of GPTQ
-and plain rounding for each matrix.
+"""From weights and their inputs to codes: the better of GPTQ and plain rounding for each matrix.
+
+Layers that share an input share a Hessian, its factorization, and one run over the columns.
 """
 
 from __future__ import annotations
@@ -82,12 +83,7 @@ def solve(job: Job, settings: Settings) -> list[Found]:
     hessian, rows = job.hessians[0], [weight.shape[0] for weight in job.weights.values()]
     weight = torch.cat(list(job.weights.values())) if len(rows) > 1 else first  # [N, K]
     if not hessian.tokens:
-        return [
-            _joined(
-                name, each, [_nearest(each, job.scheme, "it saw no token, and was rounded to the nearest")]
-            )
-            for name, each in job.weights.items()
-        ]
+        return [_joined(name, each, [_nearest(each, job.scheme)]) for name, each in job.weights.items()]
     found = _solved(weight.unsqueeze(0), [hessian], job.scheme, settings, rows)
     return [
         _joined(name, each, [matrix]) for (name, each), matrix in zip(job.weights.items(), found, strict=True)
@@ -167,7 +163,8 @@ def _better(
     )
 
 
-def _nearest(weight: torch.Tensor, scheme: Scheme, why: str) -> _Matrix:
+def _nearest(weight: torch.Tensor, scheme: Scheme) -> _Matrix:
+    why = "it saw no token, and was rounded to the nearest"
     qparams = scheme.choose_qparams(weight)
     return _Matrix(scheme.encode(weight, qparams), qparams, {"gptq": why})
 
@@ -183,7 +180,7 @@ def _experts(
     shared = _shared(hessians) if few else None
     for i in few:
         if shared is None:
-            found[i] = _nearest(flat[i], scheme, "it saw no token, and was rounded to the nearest")
+            found[i] = _nearest(flat[i], scheme)
     at_once = max(_STACK_BYTES // (4 * hessians[0].columns ** 2), 1)
     todo = [i for i in range(len(flat)) if found[i] is None]
     for start in range(0, len(todo), at_once):

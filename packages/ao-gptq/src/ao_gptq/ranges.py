@@ -1,4 +1,4 @@
-"""Group parameters for the column loop: the scheme's own, or multiples of them that err less where it counts."""
+"""Group parameters for the column loop: the scheme's own, or multiples that err less where it counts."""
 
 from __future__ import annotations
 
@@ -78,7 +78,8 @@ def _error(
     groups = -(-columns // size)
     if columns % size:
         wrong = torch.nn.functional.pad(wrong, (0, groups * size - columns))
-    return wrong.unflatten(-1, (groups, size)).sum(-1)
+    summed: torch.Tensor = wrong.unflatten(-1, (groups, size)).sum(-1)
+    return summed
 
 
 def scaled(qparams: QParams, factor: float) -> QParams:
@@ -91,7 +92,7 @@ def scaled(qparams: QParams, factor: float) -> QParams:
 
 @functools.lru_cache(maxsize=64)
 def scales(scheme: Scheme) -> bool:
-    """Whether what codes stand for grows with the float parameters, as it does with a scale and a midpoint."""
+    """Whether what codes stand for grows with the float parameters, as with a scale and a midpoint."""
     size = 32 if scheme.group_columns == -1 else scheme.group_columns
     weight = torch.randn(8, min(size, 256), generator=torch.Generator().manual_seed(0)) + 0.1
     qparams = scheme.choose_qparams(weight)

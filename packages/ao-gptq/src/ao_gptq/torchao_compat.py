@@ -97,7 +97,7 @@ class InputRecorder:
         return self
 
     def get_inputs(self) -> list[MultiInput] | None:
-        """One :class:`MultiInput` for each argument of the model: here, one. None before any were recorded."""
+        """A :class:`MultiInput` for each argument of the model: one. None before any were recorded."""
         return self.inputs
 
 
@@ -168,9 +168,11 @@ class Int8DynActInt4WeightGPTQQuantizer(Int4WeightOnlyGPTQQuantizer):
 
 
 class GPTQQuantizer:
-    """Base of quantizers made of functions, as torchao had it. A subclass sets:
+    """Base of quantizers made of functions, as torchao had it.
 
-    - ``get_qparams_func(weight, groupsize) -> qparams``: a list of tensors ``[N, 1]`` for a group ``[N, g]``;
+    A subclass sets:
+
+    - ``get_qparams_func(weight, groupsize) -> qparams``: tensors ``[N, 1]`` for a group ``[N, g]``;
     - ``quantize_func(weight, qparams, groupsize) -> codes`` and
       ``dequantize_func(codes, qparams, groupsize) -> weight``, also for one column ``[N, 1]``;
     - ``combine_qparams_list_func(list of qparams) -> qparams`` of the whole weight;
@@ -195,7 +197,7 @@ class GPTQQuantizer:
         percdamp: float = 0.01,
         groupsize: int = 64,
     ) -> dict[str, torch.Tensor]:
-        """What ``make_names_and_values_dict_func`` gives for each linear, under its name, and all other state.
+        """What ``make_names_and_values_dict_func`` gives for each linear, and all other state.
 
         The model is left as it was. Each block sees what the blocks before it give with the weights that
         were dequantized, as torchao's run through the graph did.
@@ -223,7 +225,7 @@ class GPTQQuantizer:
 
 @dataclass(frozen=True)
 class _Functions(BlockAlgorithm):
-    """GPTQ with the functions of a :class:`GPTQQuantizer`; weights stay float, at the values that were found."""
+    """GPTQ with the functions of a :class:`GPTQQuantizer`; weights stay float, at the values found."""
 
     name: ClassVar[str] = "gptq-of-functions"
 
@@ -274,17 +276,18 @@ class _FunctionScheme(Scheme):
     name: ClassVar[str] = "functions"
 
     def __init__(self, quantizer: GPTQQuantizer, size: int) -> None:
+        self._own: GPTQQuantizer
+        self._size: int
         object.__setattr__(self, "_own", quantizer)
         object.__setattr__(self, "_size", size)
 
     def encode(self, weight: torch.Tensor, qparams: QParams) -> torch.Tensor:
         """See :class:`~ao_core.Scheme`."""
-        return self._own.quantize_func(weight[0], _listed(qparams), self._size).unsqueeze(0)  # type: ignore[attr-defined, no-any-return]
+        return self._own.quantize_func(weight[0], _listed(qparams), self._size).unsqueeze(0)
 
     def decode(self, codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
         """See :class:`~ao_core.Scheme`."""
-        own = self._own  # type: ignore[attr-defined]
-        found: torch.Tensor = own.dequantize_func(codes[0], _listed(qparams), self._size)
+        found = self._own.dequantize_func(codes[0], _listed(qparams), self._size)
         return found.to(torch.float32).unsqueeze(0)
 
 

@@ -38,7 +38,8 @@ def check_tokens(model: nn.Module, batches: Iterable[Any]) -> None:
     Raises:
         ModelError: a sequence is longer than the model's positions, or an id lies outside its embedding.
     """
-    embedding = model.get_input_embeddings() if hasattr(model, "get_input_embeddings") else None
+    find: Any = getattr(model, "get_input_embeddings", None)
+    embedding = None if find is None else find()
     rows = getattr(embedding, "num_embeddings", None)
     positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     for index, batch in enumerate(batches):
@@ -54,8 +55,8 @@ def check_tokens(model: nn.Module, batches: Iterable[Any]) -> None:
         low, high = (int(bound) for bound in ids.aminmax())
         if isinstance(rows, int) and (low < 0 or high >= rows):
             raise ModelError(
-                f"batch {index} holds token {low if low < 0 else high}, and the model's vocabulary has {rows} "
-                "tokens, from 0. Use the tokenizer that the model was trained with."
+                f"batch {index} holds token {low if low < 0 else high}, and the model's vocabulary has "
+                f"{rows} tokens, from 0. Use the tokenizer that the model was trained with."
             )
 
 

@@ -158,9 +158,7 @@ def _compare(index: Path, parts: Mapping[str, str]) -> None:
     try:
         held = json.loads(index.read_text("utf-8"))
     except ValueError as error:
-        raise CheckpointError(
-            f"{index} is damaged ({error}). Delete its directory and begin anew."
-        ) from error
+        raise CheckpointError(f"{index} is damaged ({error}). Delete its directory to begin anew.") from error
     if other := [part for part in parts if held.get(part) != parts[part]]:
         raise CheckpointError(
             f"{index.parent} holds a walk with another {' and '.join(other)}, which can't be resumed by this "

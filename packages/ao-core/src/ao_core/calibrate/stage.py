@@ -170,7 +170,7 @@ class Stage:
     @contextmanager
     def unquantized(self) -> Iterator[None]:
         """Inside the block, layers that were quantized in this stage have their float weights again."""
-        held = {name: self._layers[name].weight for name in self._floats}
+        held = {name: cast("nn.Parameter", self._layers[name].weight) for name in self._floats}
         try:
             self._exchange(self._floats)
             yield
@@ -192,7 +192,7 @@ class Stage:
         trains = layer.weight.requires_grad and not isinstance(weight, QuantizedTensor)
         parameter = nn.Parameter(weight, requires_grad=trains)
         if isinstance(weight, QuantizedTensor):
-            self._floats[name] = layer.weight
+            self._floats[name] = cast("nn.Parameter", layer.weight)
         for module, attribute in layer.owners:
             self._journal.exchange(module, attribute, parameter)
 

@@ -135,13 +135,12 @@ class Walker:
             show(total - 1, total)
             with self.placement.brought(outside):
                 last = RestInputs(self.model, self.batches, self.placement.device, blocks, stream)
-                reference = (
-                    RestInputs(self.model, self.batches, self.placement.device, blocks, floats)
-                    if floats is not None
-                    else None
-                )
+                floating = None
+                if floats is not None:
+                    device = self.placement.device
+                    floating = RestInputs(self.model, self.batches, device, blocks, floats)
                 said = partial(show, total - 1, total)
-                self._visit(visit, total - 1, "", self.model, rest, last, said, reference)
+                self._visit(visit, total - 1, "", self.model, rest, last, said, floating)
         return f"{len(blocks.modules)} blocks of {blocks.name or type(self.model).__name__} in turn" + (
             f", then {len(rest)} layers outside them" if rest else ""
         )

@@ -1,8 +1,8 @@
 """GPTQ's column loop over a span of columns, in one launch.
 
-Rows do not depend on each other: a program has some of them, and goes over the columns in order. It keeps the
-errors of the columns behind it in registers. A column is read once, and what the errors behind it owe to it is
-one product with a column of the factor: one sum a column, and nothing is written but results.
+Rows do not depend on each other: a program has some of them, and goes over the columns in order. It keeps
+the errors of the columns behind it in registers. A column is read once, and what the errors behind it owe to
+it is one product with a column of the factor: one sum a column, and nothing is written but results.
 """
 
 from __future__ import annotations
