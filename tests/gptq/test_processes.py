@@ -35,7 +35,8 @@ with processes.started(torch.device("cpu")):
     ("algorithm", "scheme"),
     [
         ("gptq", "int4-weight-only:group_size=32,zero_point=integer"),
-        ("gptq:asymmetric=0.5,true_sequential=True,act_order=False", "int8-dynamic-int4-weight"),
+        ("gptq:asymmetric=0.5,true_sequential=True", "int8-dynamic-int4-weight"),
+        ("gptq:act_order=False", "int4-weight-only:group_size=64,zero_point=None"),
         ("gptq", "nf4"),
     ],
 )

@@ -68,13 +68,16 @@ def test_texts_of_files_and_data_sets(tmp_path, monkeypatch):
     file.write_text("one\n\ntwo", encoding="utf-8")
     assert read_texts(file) == ["one\n\ntwo"]
 
-    class Rows(dict):
+    class Rows:
         column_names = ("text", "label")
 
-    rows, asked = Rows(text=["one", "", "two"], label=[1, 2, 3]), []
+        def __getitem__(self, column):
+            return {"text": ["one", "", "two"], "label": [1, 2, 3]}[column]
+
+    rows, asked = Rows(), []
     fake = types.ModuleType("datasets")
     fake.load_dataset = lambda name, split: asked.append((name, split)) or rows
-    fake.load_from_disk = lambda path: asked.append(path) or rows
+    fake.load_from_disk = lambda path: asked.append(path) or {"train": rows, "test": None}
     monkeypatch.setitem(sys.modules, "datasets", fake)
     assert read_texts("datasets:owner/name") == read_texts("datasets:owner/name:test") == ["one", "two"]
     assert read_texts(tmp_path) == ["one", "two"]

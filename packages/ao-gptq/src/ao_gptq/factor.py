@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -52,11 +53,14 @@ class Factor:
         order = torch.arange(len(importance), device=hessian.device)
         if act_order:
             order = importance.argsort(descending=True, stable=True)
-            ordered = hessian.to(torch.float32)[order][:, order]
-        else:
-            ordered = hessian.to(torch.float32, copy=True)
-        ordered.diagonal().copy_(importance[order])
-        upper, percdamp = inverse_factor(ordered, percdamp)
+
+        def ordered() -> torch.Tensor:
+            h = hessian.to(torch.float32)
+            h = h.index_select(0, order).index_select(1, order) if act_order else h.clone()
+            h.diagonal().copy_(importance[order])
+            return h
+
+        upper, percdamp = _damped_factor(ordered, float(importance.mean()), percdamp)
         return Factor(upper, order, importance, percdamp, int(dead.sum()), not act_order)
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
@@ -79,24 +83,30 @@ def inverse_factor(hessian: torch.Tensor, percdamp: float) -> tuple[torch.Tensor
     Raises:
         ModelError: it fails with ten times the diagonal's mean: the Hessian is no sum of squares.
     """
-    mean = hessian.diagonal().mean()
+    return _damped_factor(hessian.clone, float(hessian.diagonal().mean()), percdamp)
+
+
+def _damped_factor(
+    hessian: Callable[[], torch.Tensor], mean: float, percdamp: float
+) -> tuple[torch.Tensor, float]:
+    """:func:`inverse_factor` of what ``hessian`` makes anew for each try, and which is not kept."""
     while percdamp <= _LARGEST_DAMP:
-        upper = _factorized(hessian, percdamp * mean)
+        upper = _factorized([hessian()], percdamp * mean)
         if upper is not None:
             return upper, percdamp
         percdamp = max(10 * percdamp, 1e-4)
+    shape = tuple(hessian().shape)
     raise ModelError(
-        f"the Hessian {tuple(hessian.shape)} has no Cholesky factor, even with {_LARGEST_DAMP:g} times its "
-        "mean diagonal added. Look for NaN or infinity in the calibration inputs."
+        f"the Hessian {shape} has no Cholesky factor, even with {_LARGEST_DAMP:g} times its mean diagonal "
+        "added. Look for NaN or infinity in the calibration inputs."
     )
 
 
-def _factorized(hessian: torch.Tensor, added: torch.Tensor) -> torch.Tensor | None:
-    """The factor, or None if there is none. Holds two matrices beside the Hessian at most."""
-    damped = hessian.clone()
-    damped.diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(damped)
-    del damped
+def _factorized(own: list[torch.Tensor], added: float) -> torch.Tensor | None:
+    """The factor of the one matrix in ``own``, which is emptied, or None; holds two matrices at a time."""
+    own[0].diagonal().add_(added)
+    lower, failed = torch.linalg.cholesky_ex(own[0])
+    own.clear()
     if failed:
         return None
     inverse = torch.cholesky_inverse(lower)

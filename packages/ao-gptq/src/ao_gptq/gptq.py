@@ -95,7 +95,7 @@ class _Loop:
 
     def run(self, block_size: int, static: bool) -> Rounded:
         """See :func:`gptq`."""
-        chosen = [self._choose(self.weight.to(torch.float32), 0, self.columns)] if static else []
+        chosen = [self._choose(self.weight, 0, self.columns)] if static else []
         codes: list[torch.Tensor] = []
         for start, end in _spans(self.columns, self.columns if static else self.size, block_size):
             span = self.w[:, :, start:end].clone()

@@ -32,11 +32,15 @@ def choose(
         rows: how many belong to each weight; sums to N. Each is chosen for alone.
         size: columns to a group.
     """
-    parts = [scheme.choose_qparams(part) for part in weight.split(list(rows), -2)]
+    step = max(_ELEMENTS // max(weight[..., :1, :].numel(), 1), 1)
+    parts = [
+        scheme.choose_qparams(piece)
+        for part in weight.split(list(rows), -2)
+        for piece in (part.split(step, -2) if scheme.rowwise else (part,))
+    ]
     own = {name: torch.cat([part[name] for part in parts], -2) for name in parts[0]}
     if importance is None or not scales(scheme) or any(map(_one_for_all, parts)):
         return own
-    step = max(_ELEMENTS // max(weight[..., :1, :].numel(), 1), 1)
     found = [
         _searched(
             weight[..., start : start + step, :],
