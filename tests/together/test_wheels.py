@@ -18,6 +18,17 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TERNARY = ROOT / "examples" / "ao-ternary"
 
+GPTQ = """
+import torch, ao_core as ao, ao_gptq
+from ao_gptq.torchao_compat import Int4WeightOnlyGPTQQuantizer
+
+assert "gptq" in ao.algorithms()
+model, batches = torch.nn.Sequential(torch.nn.Linear(128, 64)).eval(), [torch.randn(300, 128)]
+report = ao.compress_(model, "gptq", batches, scheme="int4-weight-only:group_size=32")
+assert report.notes["0"]["gptq"] == "done", report.notes
+print(ao_gptq.__file__)
+"""
+
 CONFORMANCE = """
 from ao_core.testing import parametrize_scheme_checks
 
@@ -108,10 +119,10 @@ def wheels(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def clean(wheels, tmp_path_factory):
-    """ao-core and ao-quant, no extra but the conformance kit's."""
+    """ao-core, ao-quant and ao-gptq, no extra but the conformance kit's."""
     clean = Clean(tmp_path_factory.mktemp("clean"), wheels)
     run(sys.executable, "-m", "venv", clean.folder / "venv", cwd=clean.folder)
-    clean.install(clean.wheel("ao_core", "[testing]"), clean.wheel("ao_quant"))
+    clean.install(clean.wheel("ao_core", "[testing]"), clean.wheel("ao_quant"), clean.wheel("ao_gptq"))
     return clean
 
 
@@ -140,6 +151,10 @@ def test_the_plugin_and_its_schemes_are_listed(clean):
     schemes = json.dumps(json.loads(clean.ao("schemes", "--json")))
     assert "int8-weight-only" in schemes
     assert "int8-dynamic" in schemes
+
+
+def test_gptq_runs_from_its_wheel(clean):
+    assert Path(clean.python("-c", GPTQ).strip()).is_relative_to(clean.folder)
 
 
 def test_the_conformance_kit_passes(clean):

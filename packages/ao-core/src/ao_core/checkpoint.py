@@ -52,13 +52,13 @@ def save(
     """
     target = Path(directory)
     state, tied = _state(model)  # quantized weights in the layout that every device reads
-    records = {name: _record(name, tensor) for name, tensor in state.items()}
+    records = {name: describe_tensor(name, tensor) for name, tensor in state.items()}
     groups = _groups(state)
     names = shards.layout(groups, shard_bytes)
     needed = sum(t.nbytes for group in groups.values() for t in group.values())
     with shards.writer(target, needed) as out:
         for number, members in enumerate(names, 1):
-            tensors = {k: t for member in members for k, t in _owned(groups[member]).items()}
+            tensors = {k: t for member in members for k, t in owned(groups[member]).items()}
             file = out.shard(tensors, number, len(names))
             for member in members:
                 records[member]["file"] = file
@@ -144,21 +144,21 @@ def _state(model: nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
 
 def _groups(state: Mapping[str, torch.Tensor]) -> dict[str, dict[str, torch.Tensor]]:
     return {
-        name: _parts(name, tensor) if isinstance(tensor, QuantizedTensor) else {name: tensor}
+        name: plain_parts(name, tensor) if isinstance(tensor, QuantizedTensor) else {name: tensor}
         for name, tensor in state.items()
     }
 
 
-def _parts(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
+def plain_parts(name: str, tensor: QuantizedTensor) -> dict[str, torch.Tensor]:
     """The plain tensors of a quantized one by their names in a shard; a wrapper's base included."""
     parts: dict[str, torch.Tensor] = {}
     for part, data in tensor.stored().items():
         key = f"{name}:{part}"
-        parts |= _parts(key, data) if isinstance(data, QuantizedTensor) else {key: data}
+        parts |= plain_parts(key, data) if isinstance(data, QuantizedTensor) else {key: data}
     return parts
 
 
-def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Contiguous tensors that share no storage: what safetensors can write."""
     return {
         name: data.contiguous()
@@ -168,7 +168,8 @@ def _owned(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     }
 
 
-def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+def describe_tensor(name: str, tensor: torch.Tensor) -> dict[str, Any]:
+    """What :func:`read_tensor` needs to know of a quantized tensor, JSON-able; nothing of a plain one."""
     if not isinstance(tensor, QuantizedTensor):
         return {}
     if not tensor.scheme:
@@ -180,7 +181,7 @@ def _record(name: str, tensor: torch.Tensor) -> dict[str, Any]:
         )
     source = SCHEMES.entry(scheme.name).source
     parts = {
-        part: _record(f"{name}:{part}", data)
+        part: describe_tensor(f"{name}:{part}", data)
         for part, data in tensor.stored().items()
         if isinstance(data, QuantizedTensor)
     }
@@ -253,7 +254,7 @@ def _fill(
         with safe_open(path / file, framework="pt", device=str(device)) as shard:
             for name, record in index["tensors"].items():
                 if record["file"] == file:
-                    tensor = _read(shard, name, record, schemes.get(name))
+                    tensor = read_tensor(shard, name, record, schemes.get(name))
                     _place(model, name, tensor.repacked() if isinstance(tensor, QuantizedTensor) else tensor)
     for alias, name in index["tied"].items():
         _tie(model, alias, name)
@@ -263,7 +264,8 @@ def _fill(
                 module._buffers[name] = buffer.to(device)
 
 
-def _read(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | None) -> torch.Tensor:
+def read_tensor(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | None) -> torch.Tensor:
+    """The tensor ``name`` of an open safetensors file."""
     if scheme is None:
         return cast("torch.Tensor", shard.get_tensor(name))
     kinds = {kind.__name__: kind for kind in scheme.tensor_types} | WRAPPERS
@@ -275,7 +277,7 @@ def _read(shard: Any, name: str, record: Mapping[str, Any], scheme: Scheme | Non
         )
     parts = record.get("parts", {})
     inner = {
-        part: _read(shard, f"{name}:{part}", parts[part], scheme)
+        part: read_tensor(shard, f"{name}:{part}", parts[part], scheme)
         if part in parts
         else shard.get_tensor(f"{name}:{part}")
         for part in record["data"]

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import nn
 
 from ao_core.algorithm import Algorithm, parse_algorithm
-from ao_core.calibrate import Stage, Walker, as_batches
+from ao_core.calibrate import Stage, Walker, as_batches, processes, tensors
+from ao_core.calibrate.batches import check_tokens
+from ao_core.calibrate.resume import Resume, checksum, data_checksum
 from ao_core.convert import Report, made_rules, planned, slower_than_float
-from ao_core.errors import OptionError
+from ao_core.errors import ModelError, OptionError
 from ao_core.layers import Layer
 from ao_core.metrics import model_bytes, stored_bytes
 from ao_core.plan import Choice, Plan, Rule, resolve
@@ -49,12 +54,30 @@ class BlockAlgorithm:
 
     name: ClassVar[str]
     summary: ClassVar[str] = ""
+    shares: ClassVar[bool] = False
+    """Whether it sees data through :meth:`Stage.collect` alone, by collectors that can be joined. Of
+    several processes each is then given its share of the batches, if that holds for all algorithms of
+    the walk; otherwise each sees all."""
+
+    @property
+    def pairs(self) -> bool:
+        """Whether it needs :attr:`Stage.reference`, what the float model's layers see."""
+        return False
+
+    def check(self, schemes: Mapping[str, Scheme | None]) -> None:
+        """Raise :class:`~ao_core.errors.OptionError` unless the algorithm suits these layers' schemes.
+
+        By default it must not reject all of them.
+        """
+        reasons = [self.rejects(scheme) for scheme in dict.fromkeys(schemes.values())]
+        if all(reasons):
+            raise OptionError(f"{self.name} can't be applied: {'; '.join(filter(None, reasons))}.")
 
     def rejects(self, scheme: Scheme | None) -> str | None:
         """Why the algorithm can do nothing for layers that get ``scheme`` (None: stay float), or None."""
         return None
 
-    def check(self, layers: Mapping[str, Layer]) -> None:
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
         """Raise :class:`OptionError` if the options don't fit ``layers``, all that can be compressed."""
 
     def prepared(self, survey: Callable[[Callable[[Stage], None]], None]) -> BlockAlgorithm:
@@ -89,6 +112,7 @@ def compress_(
     exclude: str | Iterable[str] | None = None,
     device: torch.device | str | None = None,
     progress: bool = False,
+    resume: str | os.PathLike[str] | None = None,
 ) -> CompressReport:
     """Compress ``model`` in place, calibrated on ``batches``.
 
@@ -103,7 +127,12 @@ def compress_(
         exclude: patterns of layers to leave alone; they win over ``include``.
         device: where blocks run; by default where they lie. If the model lies elsewhere, a block at a
             time is brought there, together with the activations of all batches.
-        progress: show a progress bar.
+        progress: show a progress bar, with what algorithms find for each layer.
+        resume: a directory that keeps each finished block. The same call goes on from there if it was
+            killed, with the same result. Delete it when the model is saved.
+
+    Several processes that ``torchrun`` started, each called with the same arguments, share the work if the
+    algorithms can, and all end with the same model.
 
     Returns:
         What was compressed and how, what was left alone and why, and bytes before and after.
@@ -113,7 +142,8 @@ def compress_(
             other; there are no batches; the model's devices don't allow ``device``.
         PlanError: a pattern matches nothing, or no layer can be compressed.
         RejectedError: a weight holds NaN or infinity.
-        ModelError: a layer saw NaN or infinity.
+        ModelError: a layer saw NaN or infinity; tokens do not fit the model; memory ran out.
+        CheckpointError: ``resume`` holds the walk of another model, other data or options.
 
     The model is unchanged if it raises; until it returns, original and compressed weights are both held.
     """
@@ -130,7 +160,8 @@ def compress_(
     if alone:
         given = plan if scheme is not None else _outcome(plan, {}, {})
         return _completed(alone[0].run(model, given, found), alone[0].name)
-    return _compress(model, made, found, plan, known, device, progress)  # type: ignore[arg-type]
+    check_tokens(model, found)
+    return _compress(model, made, found, plan, known, device, progress, resume)  # type: ignore[arg-type]
 
 
 def _compress(
@@ -141,16 +172,27 @@ def _compress(
     known: Mapping[str, Scheme],
     device: torch.device | str | None,
     progress: bool,
+    resume: str | os.PathLike[str] | None,
 ) -> CompressReport:
     jobs = planned(model, plan, known, values=False)
     layers = {layer.name: layer for layer, _, _ in jobs}
     schemes = {layer.name: None if isinstance(scheme, _Float) else scheme for layer, scheme, _ in jobs}
     providers = {layer.name: provider for layer, _, provider in jobs}
     for algorithm in algorithms:
-        _check(algorithm, schemes)
-        algorithm.check(layers)
+        algorithm.check(schemes)
+        algorithm.check_layers(layers)
     before, old = model_bytes(model).total, {name: stored_bytes(it.weight) for name, it in layers.items()}
-    walker = Walker(model, layers, schemes, batches, device=device)
+    shared = processes.world() > 1 and all(algorithm.shares for algorithm in algorithms)
+    walker = Walker(
+        model,
+        layers,
+        schemes,
+        processes.share(batches) if shared else batches,
+        device=device,
+        shared=shared,
+        reference=any(algorithm.pairs for algorithm in algorithms),
+        resume=None if resume is None else Resume(resume, _parts(model, algorithms, plan, batches, device)),
+    )
 
     ready = [algorithm.prepared(lambda look: _survey(walker, look, progress)) for algorithm in algorithms]
 
@@ -160,7 +202,8 @@ def _compress(
             algorithm.visit(stage)
         stage.finish()
 
-    walk = walker.walk(visit, progress=progress)
+    with _remembering(walker):
+        walk = walker.walk(visit, progress=progress)
     done = {name: it for name, it in layers.items() if isinstance(it.weight, QuantizedTensor)}
     return CompressReport(
         plan=_outcome(plan, done, walk.notes),
@@ -176,8 +219,46 @@ def _compress(
 
 def _survey(walker: Walker, look: Callable[[Stage], None], progress: bool) -> None:
     """Walk the model as it is, every block on float inputs."""
-    walker.walk(look, progress=progress)
+    with _remembering(walker):
+        walker.walk(look, progress=progress, resuming=False)
     walker.restore()
+
+
+def _parts(
+    model: nn.Module,
+    algorithms: Sequence[BlockAlgorithm],
+    plan: Plan,
+    batches: Sequence[Any],
+    device: torch.device | str | None,
+) -> dict[str, str]:
+    """What the result of a walk depends on."""
+    choices = {name: f"{choice.scheme} {choice.provider}" for name, choice in sorted(plan.layers.items())}
+    state = chain(model.named_parameters(), model.named_buffers())
+    return {
+        "model": checksum(state),
+        "data": data_checksum(batches),
+        "set of options": f"{list(algorithms)} {choices} {device}",
+        "version of torch": torch.__version__,
+        "number of processes": str(processes.world()),
+    }
+
+
+@contextmanager
+def _remembering(walker: Walker) -> Iterator[None]:
+    """Say what to do where memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        ran_out = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not ran_out and "can't allocate memory" not in str(error):
+            raise
+        batches = walker.batches
+        sizes = [str(tuple(tensor.shape)) for tensor in tensors(batches[0])[:1]] or ["without a tensor"]
+        raise ModelError(
+            f"memory ran out on {walker.placement.device} while calibrating on {len(batches)} batches, the "
+            f"first {sizes[0]}: {error}. Give smaller batches, fewer samples (--samples) or a smaller "
+            "--context; or device='cuda' for a model that lies on the CPU: one block at a time is then there."
+        ) from error
 
 
 def _completed(report: Report, name: str) -> CompressReport:
@@ -241,13 +322,6 @@ class _Float(Scheme):
     """Stands in a plan for layers that algorithms may change and that nothing else quantizes."""
 
     name: ClassVar[str] = "float"
-
-
-def _check(algorithm: BlockAlgorithm, schemes: Mapping[str, Scheme | None]) -> None:
-    """Raise unless ``algorithm`` can do something for one of the layers."""
-    reasons = [algorithm.rejects(scheme) for scheme in dict.fromkeys(schemes.values())]
-    if all(reasons):
-        raise OptionError(f"{algorithm.name} can't be applied: {'; '.join(filter(None, reasons))}.")
 
 
 def _outcome(plan: Plan, done: Mapping[str, Layer], notes: Mapping[str, Mapping[str, Any]]) -> Plan:

@@ -104,11 +104,12 @@ def tokenize_file(path: str | Path, tokenizer: Any, *, max_tokens: int | None = 
     if max_tokens is not None and max_tokens < 1:
         raise OptionError(f"max_tokens must be 1 or more, found {max_tokens}")
     # verbose=False: a text longer than the model's context is expected here
-    ids = tokenizer(_read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
+    ids = tokenizer(read_text(path), add_special_tokens=False, verbose=False)["input_ids"]
     return torch.tensor(ids[:max_tokens], dtype=torch.int64)
 
 
-def _read_text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """A UTF-8 text file; raises :class:`ModelError` if it is missing, empty or something else."""
     if not path.is_file():
         found = "is a directory" if path.is_dir() else "does not exist"
         raise ModelError(f"the text file {path} {found}; pass a UTF-8 text file")

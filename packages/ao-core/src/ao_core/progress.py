@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
 T = TypeVar("T")
 
 
+class Show(Protocol):
+    """Says how far something is."""
+
+    def __call__(self, done: int, total: int, said: str = "", *, whole: bool = False) -> None:
+        """Show ``done`` of ``total``, ``said`` beside it; a ``whole`` one also where there is no bar."""
+
+
 @contextmanager
-def reporting(description: str, *, enabled: bool = True) -> Iterator[Callable[[int, int], None]]:
+def reporting(description: str, *, enabled: bool = True) -> Iterator[Show]:
     """Inside the block, call the result with (done, total) to show how far it is."""
+
+    def nothing(done: int, total: int, said: str = "", *, whole: bool = False) -> None:
+        pass
+
     if not enabled:
-        yield lambda done, total: None
+        yield nothing
         return
     from rich.console import Console
     from rich.progress import Progress
@@ -22,11 +33,21 @@ def reporting(description: str, *, enabled: bool = True) -> Iterator[Callable[[i
     console = Console(stderr=True, highlight=False)
     if not sys.stderr.isatty():
         console.print(f"{description} ...")
-        yield lambda done, total: None
+
+        def line(done: int, total: int, said: str = "", *, whole: bool = False) -> None:
+            if said and whole:
+                console.print(f"{done + 1} of {total}: {said}", soft_wrap=True, markup=False)
+
+        yield line
         return
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task(description, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+        def show(done: int, total: int, said: str = "", *, whole: bool = False) -> None:
+            beside = "" if whole or not said else f" {said}"
+            bar.update(task, completed=done, total=total, description=f"{description}{beside}")
+
+        yield show
 
 
 def track(items: Sequence[T], description: str, *, enabled: bool = True) -> Iterator[T]:

@@ -106,6 +106,13 @@ class Scheme:
         """The float32 values that ``codes`` ``[..., N, C]`` stand for; inverse of :meth:`encode`."""
         raise NotImplementedError(f"{type(self).__name__} must define decode()")
 
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """Activations ``[..., K]`` as the linear multiplies them: what their codes stand for, or ``x``.
+
+        A scheme that quantizes activations writes this too, so that calibration sees what they become.
+        """
+        return x
+
     def pack(self, codes: torch.Tensor, qparams: QParams, *, dtype: torch.dtype) -> QuantizedTensor:
         """The stored tensor for ``codes`` ``[..., N, K]``; ``dtype`` is the outer dtype."""
         raise NotImplementedError(f"{type(self).__name__} must define pack()")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
-from ao_core import BlockAlgorithm, OptionError, QParams, Scheme
-from ao_core.calibrate import Hessian, Stage, matrices
-from ao_gptq.gptq import gptq, output_error
+from ao_core import BlockAlgorithm, OptionError, Scheme
+from ao_core.calibrate import Hessian, Stage
+from ao_gptq.layers import Found, Settings, column_problem, jobs_of, solve
+from ao_gptq.spread import spread
 
 
 @dataclass(frozen=True)
@@ -23,67 +26,105 @@ class Gptq(BlockAlgorithm):
         block_size: columns whose errors are handed on together.
         act_order: columns with the largest inputs first; parameters are then fixed before.
         static_groups: fix the parameters of all groups before the first column.
+        mse: search multiples of the scheme's parameters for the least error, large inputs counting more.
+        true_sequential: within a block, let each layer see what the quantized ones before it give. Runs
+            the block once for each group of layers that share an input.
+        asymmetric: from 0 to 1: how much of what the inputs lack of the float model's the weights make up
+            for (the aim of GPTAQ, arXiv 2504.02692). Above 0 the float model's hidden states are kept too.
+        min_tokens: experts that saw fewer share one Hessian, that of all tokens of their stack.
     """
 
     name: ClassVar[str] = "gptq"
     summary: ClassVar[str] = "rounds each column so that later columns make up for its error; any scheme"
+    shares: ClassVar[bool] = True
 
     scheme: str | None = None
     percdamp: float = 0.01
     block_size: int = 128
-    act_order: bool = False
+    act_order: bool = True
     static_groups: bool = False
+    mse: bool = True
+    true_sequential: bool = False
+    asymmetric: float = 0.0
+    min_tokens: int = 128
 
     def __post_init__(self) -> None:
-        if not isinstance(self.percdamp, (int, float)) or not 0 <= self.percdamp <= 1:
-            raise OptionError(f"gptq takes percdamp from 0 to 1, found {self.percdamp!r}.")
-        if not isinstance(self.block_size, int) or isinstance(self.block_size, bool) or self.block_size < 1:
-            raise OptionError(f"gptq takes block_size 1 or more, found {self.block_size!r}.")
-        for option in ("act_order", "static_groups"):
+        for option in ("percdamp", "asymmetric"):
+            value = getattr(self, option)
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 <= value <= 1:
+                raise OptionError(f"gptq takes {option} from 0 to 1, found {value!r}.")
+        for option in ("block_size", "min_tokens"):
+            value = getattr(self, option)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise OptionError(f"gptq takes {option} 1 or more, found {value!r}.")
+        for option in ("act_order", "static_groups", "mse", "true_sequential"):
             if not isinstance(value := getattr(self, option), bool):
                 raise OptionError(f"gptq takes {option} true or false, found {value!r}.")
 
+    @property
+    def pairs(self) -> bool:
+        """See :class:`~ao_core.BlockAlgorithm`."""
+        return self.asymmetric > 0
+
     def rejects(self, scheme: Scheme | None) -> str | None:
-        """Layers without a scheme: there is nothing to round to."""
-        return "it needs a scheme to round to, such as int4-weight-only" if scheme is None else None
+        """Layers without a scheme, and schemes that can't encode a column by itself."""
+        if scheme is None:
+            return "it needs a scheme to round to, such as int4-weight-only"
+        return column_problem(scheme)
+
+    def check(self, schemes: Mapping[str, Scheme | None]) -> None:
+        """See :class:`~ao_core.BlockAlgorithm`; any scheme that can't encode a column is refused."""
+        super().check(schemes)
+        for name, scheme in schemes.items():
+            if scheme is not None and (reason := column_problem(scheme)):
+                raise OptionError(f"gptq can't round {name!r}: {reason}. Leave it out, or to another scheme.")
 
     def visit(self, stage: Stage) -> None:
         """Quantize every layer of the stage that has a scheme."""
-        names = [name for name in stage.layers if stage.schemes[name] is not None]
-        for name, hessians in stage.collect(Hessian, names).items():
-            scheme = stage.schemes[name]
-            assert scheme is not None
-            weight = stage.weight(name)
-            scheme.check(weight)
-            zeros = stage.zeros(name)
-            pruned = [None] * len(hessians) if zeros is None else matrices(zeros)
-            parts = zip(matrices(weight), hessians, pruned, strict=True)
-            found = [self._rounded(*part, scheme) for part in parts]
-            codes = torch.stack([codes for codes, _, _ in found]).view(weight.shape)
-            qparams = {
-                key: torch.stack([own[key] for _, own, _ in found]).view(*weight.shape[:-1], -1)
-                for key in found[0][1]
-            }
-            provider = stage.providers.get(name)
-            stage.replace(name, scheme.assemble(codes, qparams, dtype=weight.dtype, provider=provider))
-            facts = [facts for _, _, facts in found]
-            stage.note(name, **facts[0] if len(facts) == 1 else {"experts": facts})
-
-    def _rounded(
-        self, weight: torch.Tensor, hessian: Hessian, zeros: torch.Tensor | None, scheme: Scheme
-    ) -> tuple[torch.Tensor, QParams, dict[str, Any]]:
-        """Codes and parameters of a matrix ``[N, K]``, and what to say about them."""
-        qparams = scheme.choose_qparams(weight)
-        codes = scheme.encode(weight, qparams)
-        if not hessian.tokens:
-            return codes, qparams, {"gptq": "it saw no token, and was rounded to the nearest"}
-        nearest = output_error(weight, scheme.decode(codes, qparams), hessian.value)
-        solved = gptq(
-            weight, hessian.value, scheme, percdamp=self.percdamp, block_size=self.block_size,
-            act_order=self.act_order, static_groups=self.static_groups, zeros=zeros,
+        settings = Settings(
+            self.percdamp, self.block_size, self.act_order, self.static_groups, self.mse, self.asymmetric,
+            self.min_tokens,
         )  # fmt: skip
-        error = output_error(weight, scheme.decode(solved.codes, solved.qparams), hessian.value)
-        facts = {"error_rounded": nearest, "error": error, "percdamp": solved.percdamp}
-        if error < nearest:
-            return solved.codes, solved.qparams, {"gptq": "done", **facts}
-        return codes, qparams, {"gptq": "no better than rounding to the nearest, which was kept", **facts}
+        for names in self._turns(stage):
+            seen = stage.schemes[names[0]].quantize_input  # type: ignore[union-attr]
+            hessians: Mapping[str, Sequence[Hessian]] = (
+                stage.collect_pairs(names, seen)
+                if self.asymmetric
+                else stage.collect(partial(Hessian, seen=seen), names)
+            )
+            weights = {name: stage.weight(name) for name in names}
+            for name, weight in weights.items():
+                stage.schemes[name].check(weight)  # type: ignore[union-attr]
+            zeros = {name: mask for name in names if (mask := stage.zeros(name)) is not None}
+            jobs = jobs_of(
+                {name: (weights[name], hessians[name], stage.schemes[name]) for name in names}, zeros
+            )
+            for found in spread(jobs, partial(solve, settings=settings)):
+                self._put(stage, found, weights[found.name].dtype)
+            del hessians, jobs
+
+    def _turns(self, stage: Stage) -> Iterator[list[str]]:
+        """Layers with a scheme, all at once or in the order in which their inputs depend on each other.
+
+        Those whose schemes quantize activations otherwise see other inputs, and have a turn of their own.
+        """
+        left = [name for name in stage.layers if stage.schemes[name] is not None]
+        groups = [list(group) for group in stage.groups] if self.true_sequential else []
+        for group in [*groups, left]:
+            turns: dict[str, list[str]] = {}
+            for name in [name for name in group if name in left]:
+                scheme = stage.schemes[name]
+                assert scheme is not None
+                turns.setdefault("" if scheme.weight_only else str(scheme), []).append(name)
+            for names in turns.values():
+                yield names
+                left = [name for name in left if name not in names]
+
+    @staticmethod
+    def _put(stage: Stage, found: Found, dtype: torch.dtype) -> None:
+        scheme = stage.schemes[found.name]
+        assert scheme is not None
+        provider = stage.providers.get(found.name)
+        stage.replace(found.name, scheme.assemble(found.codes, found.qparams, dtype=dtype, provider=provider))
+        facts: dict[str, Any] = found.facts[0] if len(found.facts) == 1 else {"experts": found.facts}
+        stage.note(found.name, **facts)

@@ -14,6 +14,7 @@ from ao_quant.float8_ops import (
     FLOAT8_WEIGHT_LINEAR,
     LARGEST,
     SMALLEST_ABSMAX,
+    quantize_float8,
 )
 
 Granularity = Literal["row", "tensor"]
@@ -144,3 +145,8 @@ class Float8Dynamic(_Float8):
     summary: ClassVar[str] = "float8 weights, one scale a row (or one); float8 activations, one scale a token"
 
     granularity: Granularity = "row"
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """``codes * scale``, float32."""
+        codes, scale = quantize_float8(x, rowwise=self.granularity == "row")
+        return codes.float() * scale

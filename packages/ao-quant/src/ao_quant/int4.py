@@ -10,7 +10,12 @@ import torch
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
 from ao_core.numerics import affine, pack
 from ao_quant import int4_tiles, ranges
-from ao_quant.int4_ops import INT4_WEIGHT_LINEAR, INT8_DYNAMIC_INT4_LINEAR, dequantize_int4
+from ao_quant.int4_ops import (
+    INT4_WEIGHT_LINEAR,
+    INT8_DYNAMIC_INT4_LINEAR,
+    dequantize_int4,
+    quantize_token,
+)
 from ao_quant.ranges import Method, ZeroPoint
 
 GROUP_SIZES = (32, 64, 128, 256, -1)
@@ -242,6 +247,11 @@ class Int8DynamicInt4Weight(_Int4):
     def choose_qparams(self, weight: torch.Tensor) -> QParams:
         """``scale`` ``[..., N, G]``."""
         return self._choose(weight, None, self.qparams)
+
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """``(codes - zero) * scale`` of each token, float32."""
+        shifted, scale = quantize_token(x)
+        return shifted.float() * scale
 
     def pack(self, codes: torch.Tensor, qparams: QParams, *, dtype: torch.dtype) -> Int8DynamicInt4Tensor:
         """Two codes a byte; the scales as they are."""

@@ -129,6 +129,11 @@ class Int8Dynamic(_Int8):
         """Always the whole row: int32 sums can't be rescaled within it."""
         return -1
 
+    def quantize_input(self, x: torch.Tensor) -> torch.Tensor:
+        """``codes * scale`` of each token, float32."""
+        codes, scale = affine.quantize_per_token(x)
+        return codes.float() * scale
+
     def pack(
         self,
         codes: torch.Tensor,

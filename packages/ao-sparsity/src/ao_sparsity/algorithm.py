@@ -78,7 +78,7 @@ class Pruning(BlockAlgorithm):
         """The level of the layer called ``name``."""
         return next(level for rule, level in self._levels if rule.matches(name))
 
-    def check(self, layers: Mapping[str, Any]) -> None:
+    def check_layers(self, layers: Mapping[str, Any]) -> None:
         """Raise unless every rule matches a layer.
 
         Raises:

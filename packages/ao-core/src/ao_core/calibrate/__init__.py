@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from ao_core.calibrate import processes
 from ao_core.calibrate.batches import as_batches, tensors
 from ao_core.calibrate.blocks import Blocks, NoBlocks, find_blocks
-from ao_core.calibrate.collectors import Absmax, Collector, Hessian, Sample, SquaredNorm
+from ao_core.calibrate.collectors import Absmax, Collector, Hessian, PairedHessian, Sample, SquaredNorm
 from ao_core.calibrate.stage import Stage, matrices
+from ao_core.calibrate.text import SentencePiece, read_texts, tokenized
 from ao_core.calibrate.trace import Call, Trace, place
 from ao_core.calibrate.walker import Walk, Walker
 
@@ -16,7 +18,9 @@ __all__ = [
     "Collector",
     "Hessian",
     "NoBlocks",
+    "PairedHessian",
     "Sample",
+    "SentencePiece",
     "SquaredNorm",
     "Stage",
     "Trace",
@@ -26,5 +30,8 @@ __all__ = [
     "find_blocks",
     "matrices",
     "place",
+    "processes",
+    "read_texts",
     "tensors",
+    "tokenized",
 ]

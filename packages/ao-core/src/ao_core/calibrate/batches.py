@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ao_core.errors import OptionError
+from ao_core.errors import ModelError, OptionError
 
 
 def as_batches(batches: Iterable[Any]) -> list[Any]:
@@ -30,6 +30,34 @@ def as_batches(batches: Iterable[Any]) -> list[Any]:
                 "mapping of keyword arguments, such as a tokenizer returns."
             )
     return found
+
+
+def check_tokens(model: nn.Module, batches: Iterable[Any]) -> None:
+    """Raise unless a Hugging Face model can take the token ids ``[b, t]`` among ``batches``.
+
+    Raises:
+        ModelError: a sequence is longer than the model's positions, or an id lies outside its embedding.
+    """
+    find: Any = getattr(model, "get_input_embeddings", None)
+    embedding = None if find is None else find()
+    rows = getattr(embedding, "num_embeddings", None)
+    positions = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    for index, batch in enumerate(batches):
+        ids = batch.get("input_ids") if isinstance(batch, Mapping) else batch
+        ids = ids[0] if isinstance(ids, (tuple, list)) and ids else ids
+        if not isinstance(ids, torch.Tensor) or ids.is_floating_point() or ids.ndim != 2 or not ids.numel():
+            continue
+        if isinstance(positions, int) and ids.shape[1] > positions:
+            raise ModelError(
+                f"batch {index} holds sequences of {ids.shape[1]} tokens, and the model takes {positions} at "
+                "most. Cut them shorter (--context on the command line)."
+            )
+        low, high = (int(bound) for bound in ids.aminmax())
+        if isinstance(rows, int) and (low < 0 or high >= rows):
+            raise ModelError(
+                f"batch {index} holds token {low if low < 0 else high}, and the model's vocabulary has "
+                f"{rows} tokens, from 0. Use the tokenizer that the model was trained with."
+            )
 
 
 def call(model: nn.Module, batch: Any, device: torch.device) -> Any:

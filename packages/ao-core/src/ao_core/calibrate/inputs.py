@@ -67,6 +67,10 @@ class BlockInputs:
     def __len__(self) -> int:
         return len(self._stream.hidden)
 
+    def advance(self) -> None:
+        """Let the stream hold what the block makes of it."""
+        self._stream.advance(self)
+
     def run(self, index: int) -> Any:
         """Run the block on batch ``index``."""
         args, kwargs = self._others[index]

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any, Protocol, TypeVar, cast
 
 import torch
 from torch import nn
 
-from ao_core.calibrate.collectors import Collector
+from ao_core.calibrate import processes
+from ao_core.calibrate.collectors import Collector, PairedHessian
 from ao_core.calibrate.observer import Observer
 from ao_core.calibrate.placement import Journal
 from ao_core.calibrate.trace import Trace, follow, follow_all, place
@@ -44,6 +46,9 @@ class Stage:
         schemes: layer → the scheme that the plan gives it, or None.
         providers: layer → the kernel provider that the plan pins, where it does.
         notes: layer → what algorithms have to say about it, JSON-able.
+        shared: whether each process looks at its own share of the batches: what they collect is then joined.
+        reference: the batches as the float model has them here, where an algorithm asked for them.
+        said: called with a layer and facts about it as they are noted.
     """
 
     def __init__(
@@ -58,10 +63,14 @@ class Stage:
     ) -> None:
         self.name, self.module, self.schemes = name, module, schemes
         self.providers: Mapping[str, str | None] = {}
+        self.shared = False
+        self.reference: Inputs | None = None
+        self.said: Callable[[str, Mapping[str, Any]], None] = lambda name, facts: None
         self.notes: dict[str, dict[str, Any]] = {name: {} for name in layers}
         self._layers, self._inputs, self._journal, self._owners = layers, inputs, journal, owners
         self._scales: dict[str, torch.Tensor] = {}
         self._zeros: dict[str, torch.Tensor] = {}
+        self._floats: dict[str, nn.Parameter] = {}
 
     @property
     def layers(self) -> dict[str, Layer]:
@@ -96,6 +105,10 @@ class Stage:
                 found |= dict.fromkeys(names, tuple(dict.fromkeys(names)))
             if len(found) == len(weights):
                 break
+        if self.shared:  # all must agree, also about layers that only some have seen
+            found = {
+                name: group for each in reversed(processes.gathered(found)) for name, group in each.items()
+            }
         return list(dict.fromkeys(found.values()))
 
     def run(self, index: int) -> Any:
@@ -122,27 +135,48 @@ class Stage:
         Raises:
             ModelError: a layer saw NaN or infinity.
         """
-        wanted = list(self.layers if names is None else names)
-        if not wanted:
-            return {}
-        leaders = {name: self._leader(name, wanted) for name in wanted}
-        weights = {name: self._layers[name].weight for name in dict.fromkeys(leaders.values())}
-        found = {
-            name: [make(weight.shape[-1], weight.device) for _ in matrices(weight)]
-            for name, weight in weights.items()
-        }
+        found, leaders = self._made(make, names)
+        weights = {name: self._layers[name].weight for name in found}
         for index in range(self.batches):
             with Observer(weights, partial(self._update, found, self._inputs.mask(index))):
                 self.run(index)
-        for name in wanted:
-            collectors = found[leaders[name]]
-            if not all(bool(torch.isfinite(each.value).all()) for each in collectors):
-                raise ModelError(
-                    f"layer {name!r} saw NaN or infinity on the calibration data. Look for overflow in "
-                    "the model's dtype, or for damaged weights."
-                )
-            self.note(name, **_tokens(collectors))
-        return {name: found[leaders[name]] for name in wanted}
+        return self._collected(found, leaders)
+
+    def collect_pairs(
+        self,
+        names: Iterable[str] | None = None,
+        seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
+    ) -> dict[str, list[PairedHessian]]:
+        """:meth:`collect` Hessians, and what each input lacks of that in the float model.
+
+        The float model's inputs come from :attr:`reference`; without it, from the stage's own batches and
+        float weights. Inputs are paired by the order of a layer's calls; those of experts, which the two
+        may route differently, are not paired, nor is padding. ``seen`` is what becomes of an input before it
+        is multiplied; that of the float model stays as it is.
+        """
+        found, leaders = self._made(partial(PairedHessian, seen=seen), names)
+        weights = {name: self._layers[name].weight for name in found}
+        floats = self.reference or self._inputs
+        for index in range(self.batches):
+            mask = self._inputs.mask(index)
+            wanted: dict[str, list[torch.Tensor]] = {name: [] for name in found}
+            with self.unquantized():
+                originals = {name: self._layers[name].weight for name in found}
+                with Observer(originals, lambda name, _, x, out: wanted[name].append(x.detach())):  # noqa: B023
+                    floats.run(index)
+            with Observer(weights, partial(self._pair, found, mask, wanted)):
+                self.run(index)
+        return self._collected(found, leaders)
+
+    @contextmanager
+    def unquantized(self) -> Iterator[None]:
+        """Inside the block, layers that were quantized in this stage have their float weights again."""
+        held = {name: cast("nn.Parameter", self._layers[name].weight) for name in self._floats}
+        try:
+            self._exchange(self._floats)
+            yield
+        finally:
+            self._exchange(held)
 
     def weight(self, name: str) -> torch.Tensor:
         """The float weight of a layer that its (possibly scaled) input meets, ``[..., N, K]``."""
@@ -159,6 +193,8 @@ class Stage:
             weight = (weight.float() * scale).to(weight.dtype)
         trains = layer.weight.requires_grad and not isinstance(weight, QuantizedTensor)
         parameter = nn.Parameter(weight, requires_grad=trains)
+        if isinstance(weight, QuantizedTensor):
+            self._floats[name] = cast("nn.Parameter", layer.weight)
         for module, attribute in layer.owners:
             self._journal.exchange(module, attribute, parameter)
 
@@ -207,6 +243,7 @@ class Stage:
     def note(self, name: str, **facts: Any) -> None:
         """Add JSON-able facts about a layer to the report."""
         self.notes[name] |= facts
+        self.said(name, facts)
 
     def finish(self) -> None:
         """Quantize what is still in float with the plan's scheme, where it has one."""
@@ -237,6 +274,34 @@ class Stage:
                 "int4-weight-only or int8-weight-only."
             )
 
+    def _made(
+        self, make: Callable[[int, torch.device], C], names: Iterable[str] | None
+    ) -> tuple[dict[str, list[C]], dict[str, str]]:
+        """Collectors of the layers that others share theirs with, and for each layer which that is."""
+        wanted = list(self.layers if names is None else names)
+        leaders = {name: self._leader(name, wanted) for name in wanted}
+        weights = {name: self._layers[name].weight for name in dict.fromkeys(leaders.values())}
+        found = {
+            name: [make(weight.shape[-1], weight.device) for _ in matrices(weight)]
+            for name, weight in weights.items()
+        }
+        return found, leaders
+
+    def _collected(self, found: dict[str, list[C]], leaders: dict[str, str]) -> dict[str, list[C]]:
+        """Join what the processes saw, refuse what is not finite, note the tokens."""
+        for collectors in found.values():
+            for each in collectors:
+                if self.shared:
+                    each.join()
+        for name, leader in leaders.items():
+            if not all(bool(torch.isfinite(each.value).all()) for each in found[leader]):
+                raise ModelError(
+                    f"layer {name!r} saw NaN or infinity on the calibration data. Look for overflow in "
+                    "the model's dtype, or for damaged weights."
+                )
+            self.note(name, **_tokens(found[leader]))
+        return {name: found[leader] for name, leader in leaders.items()}
+
     def _update(
         self,
         found: Mapping[str, Sequence[Collector]],
@@ -246,8 +311,34 @@ class Stage:
         x: torch.Tensor,
         out: Any,
     ) -> None:
+        found[name][index].update(self._rows(name, x, mask))
+
+    def _pair(
+        self,
+        found: Mapping[str, Sequence[PairedHessian]],
+        mask: torch.Tensor | None,
+        wanted: Mapping[str, list[torch.Tensor]],
+        name: str,
+        index: int,
+        x: torch.Tensor,
+        out: Any,
+    ) -> None:
+        waiting = wanted[name]
+        if len(found[name]) == 1 and waiting and waiting[0].shape == x.shape:
+            reference = waiting.pop(0)
+            found[name][index].pair(self._rows(name, x, mask), self._rows(name, reference, mask))
+        else:
+            found[name][index].update(self._rows(name, x, mask))
+
+    def _rows(self, name: str, x: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """Inputs of a layer as its :meth:`weight` meets them, without padding."""
         rows, scale = _unpadded(x, mask), self._scales.get(name)
-        found[name][index].update(rows if scale is None else rows * scale.to(rows.dtype))
+        return rows if scale is None else rows * scale.to(rows.dtype)
+
+    def _exchange(self, weights: Mapping[str, nn.Parameter]) -> None:
+        for name, weight in weights.items():
+            for module, attribute in self._layers[name].owners:
+                module._parameters[attribute] = weight
 
     def _leader(self, name: str, wanted: Sequence[str]) -> str:
         """The layer whose collectors ``name`` shares: the first of its group that is scaled as it is."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ import typer
 from ao_core.cli import output
 from ao_core.cli.listing import Json
 from ao_core.cli.modelling import Device, Dtype, Model, Verbose, parse_device, parse_dtype, show_report
-from ao_core.errors import ModelError, OptionError
+from ao_core.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,10 @@ def compress(
         list[str],
         typer.Option(metavar="A", help="NAME or NAME:OPTION=VALUE,...; give several to apply them in turn."),
     ],
-    calibration: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to calibrate on.")],
+    calibration: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="UTF-8 text, a saved data set, or datasets:NAME, to calibrate on."),
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to save.")],
     scheme: Annotated[
         str | None, typer.Option(metavar="S", help="NAME or NAME:OPTION=VALUE,...; see 'ao schemes'.")
@@ -40,6 +44,16 @@ def compress(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on, at most.")] = 128,
     context: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
+    packed: Annotated[
+        bool, typer.Option("--packed/--padded", help="Cut joined texts, or pad each to the context.")
+    ] = True,
+    column: Annotated[str, typer.Option(metavar="NAME", help="Of a data set.")] = "text",
+    tokenizer: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A SentencePiece .model instead of the model's own.")
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep finished blocks there; go on if killed.")
+    ] = None,
     include: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Only layers that match.")
     ] = None,
@@ -53,23 +67,60 @@ def compress(
 ) -> None:
     """Compress MODEL's layers, calibrated on text, and save it."""
     output.show_log(verbose)
+    from ao_core.calibrate import processes
+
+    made = parse_algorithms(algorithm, sparsity=sparsity, pattern=pattern)
+    with processes.started(parse_device(device)) as where:
+        _compress(
+            model, made, algorithm, calibration, out, scheme, samples, context, packed, column, tokenizer,
+            resume, include, exclude, parse_dtype(dtype), where, json,
+        )  # fmt: skip
+
+
+def _compress(
+    model: str,
+    made: list[Algorithm],
+    algorithm: list[str],
+    calibration: str,
+    out: Path,
+    scheme: str | None,
+    samples: int,
+    context: int,
+    packed: bool,
+    column: str,
+    tokenizer: Path | None,
+    resume: Path | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    dtype: torch.dtype | None,
+    device: torch.device,
+    json: bool,
+) -> None:
+    """In each of the processes that take part; the first one speaks and saves."""
+    from ao_core.calibrate import SentencePiece, processes, read_texts, tokenized
     from ao_core.checkpoint import save
     from ao_core.compress import compress_
     from ao_core.metrics import sparsity as zeros_of
-    from ao_core.models import load_model, tokenize_file
+    from ao_core.models import load_model
     from ao_core.scheme import parse_scheme
     from ao_core.shards import check_target
 
-    made = parse_algorithms(algorithm, sparsity=sparsity, pattern=pattern)
+    first = processes.rank() == 0
     wanted = None if scheme is None else parse_scheme(scheme)
     check_target(out)
-    if not calibration.is_file():
-        raise ModelError(f"there is no text file {calibration}. Give a UTF-8 text with --calibration FILE.")
-    output.say(f"loading {model}")
-    where = parse_device(device)
-    loaded = load_model(model, dtype=parse_dtype(dtype))  # on the CPU: one block at a time is brought there
-    tokens = tokenize_file(calibration, loaded.tokenizer, max_tokens=samples * context)
-    batches = windows(tokens, samples=samples, context=context, source=str(calibration))
+    texts = read_texts(calibration, column=column)
+    if first:
+        output.say(f"loading {model}")
+    own = None if tokenizer is None else SentencePiece(tokenizer)
+    loaded = load_model(model, dtype=dtype)  # on the CPU: one block at a time is brought there
+    batches = tokenized(
+        texts, own or loaded.tokenizer, samples=samples, context=context, packed=packed, source=calibration
+    )
+    if first and len(batches) < samples:
+        kind = "windows" if packed else "texts"
+        output.warn(
+            f"{calibration} holds {len(batches)} {kind} of {context} tokens; {samples} were asked for"
+        )
     report = compress_(
         loaded.model,
         made,
@@ -77,18 +128,25 @@ def compress(
         scheme=wanted,
         include=include or None,
         exclude=exclude or None,
-        device=where,
-        progress=True,
+        device=device,
+        progress=first,
+        resume=resume,
     )
+    if not first:
+        return
     save(loaded.model, out, plan=report.plan, tokenizer=loaded.tokenizer)
+    if resume is not None:
+        shutil.rmtree(resume)
     zeros = zeros_of(loaded.model)
     if json:
-        output.as_json({**_data(algorithm, scheme, batches, out, report), "sparsity": zeros})
+        output.as_json({**_data(algorithm, scheme, batches, context, out, report), "sparsity": zeros})
         return
     show_report(report, " + ".join([*algorithm, *([scheme] if scheme else [])]), out)
     if zeros >= 0.01:
         output.say(f"{100 * zeros:.1f}% of the linears' weights are zero")
     output.say(f"calibrated {report.walk} on {len(batches)} windows of {context} tokens")
+    for line in _exceptions(report):
+        output.say(line)
 
 
 def parse_algorithms(texts: list[str], **options: Any) -> list[Algorithm]:
@@ -116,31 +174,34 @@ def parse_algorithms(texts: list[str], **options: Any) -> list[Algorithm]:
     ]
 
 
-def windows(tokens: torch.Tensor, *, samples: int, context: int, source: str) -> list[torch.Tensor]:
-    """The first ``samples`` windows ``[1, context]`` of ``tokens`` ``[n]``, fewer if the text ends.
-
-    Raises:
-        ModelError: the text is shorter than one window.
-    """
-    count = min(samples, len(tokens) // context)
-    if count < 1:
-        raise ModelError(
-            f"{source} holds {len(tokens)} tokens, fewer than one window of {context}. Give a longer text, "
-            "or a smaller --context."
-        )
-    if count < samples:
-        output.warn(f"{source} holds {count} windows of {context} tokens; {samples} were asked for")
-    return list(tokens[: count * context].view(count, 1, context))
+def _exceptions(report: CompressReport) -> list[str]:
+    """What algorithms noted of layers that did not go as the others."""
+    said: dict[str, list[str]] = {}
+    for name, facts in report.notes.items():
+        for each in facts.get("experts", [facts]):
+            what = each.get("gptq")
+            if isinstance(what, str) and what != "done":
+                said.setdefault(what, []).append(name)
+    return [
+        f"{len(names)} of {len(report.notes)}: {what} ({', '.join(dict.fromkeys(names[:3]))}"
+        f"{', ...' if len(names) > 3 else ''})"
+        for what, names in said.items()
+    ]
 
 
 def _data(
-    algorithm: list[str], scheme: str | None, batches: list[torch.Tensor], out: Path, report: CompressReport
+    algorithm: list[str],
+    scheme: str | None,
+    batches: list[Any],
+    context: int,
+    out: Path,
+    report: CompressReport,
 ) -> dict[str, Any]:
     return {
         "algorithms": algorithm,
         "scheme": scheme,
         "samples": len(batches),
-        "context": batches[0].shape[1],
+        "context": context,
         "saved": str(out),
         **report.to_dict(),
     }

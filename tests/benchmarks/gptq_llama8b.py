@@ -1,0 +1,164 @@
+"""GPTQ on a model of Llama-3-8B's shape with random weights: time by phase, and peak memory, as JSON.
+
+The model lies on the host; one block at a time is on the GPU, with the activations of all batches. Under
+``torchrun`` the batches are shared.
+
+    python tests/benchmarks/gptq_llama8b.py results.json
+    torchrun --nproc-per-node=2 tests/benchmarks/gptq_llama8b.py results.json
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import hashlib
+import json
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import ao_core as ao
+from ao_core.calibrate import inputs, placement, processes, stage
+from ao_core.plan import fingerprint
+from ao_gptq import factor, gptq, layers
+
+
+def llama(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM:
+    """Random weights in bfloat16, drawn where that is quick, on the host; no float32 copy of the model."""
+    config = LlamaConfig(
+        hidden_size=options.hidden, intermediate_size=options.hidden * 7 // 2, vocab_size=options.vocabulary,
+        num_hidden_layers=options.layers, num_attention_heads=options.hidden // 128 or 1,
+        num_key_value_heads=max(options.hidden // 512, 1), max_position_embeddings=8192, rope_theta=5e5,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(torch.bfloat16).eval()
+    model.model.rotary_emb = type(model.model.rotary_emb)(config=config)
+    generator = torch.Generator(device).manual_seed(0)
+    for name, parameter in list(model.named_parameters()):
+        owner, _, attribute = name.rpartition(".")
+        if parameter.ndim == 1:
+            made = torch.ones(parameter.shape, dtype=torch.bfloat16)
+        else:
+            made = torch.randn(parameter.shape, generator=generator, device=device).mul_(0.02)
+            made = made.to(torch.bfloat16).cpu()
+        setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(made, requires_grad=False))
+    return model
+
+
+class Phases:
+    """Seconds spent in some functions, the device waited for; a phase inside another counts once."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = defaultdict(float)
+        self._device, self._inside = device, 0.0
+
+    def watch(self, owner: Any, name: str, phase: str) -> None:
+        """Replace ``owner.name`` by itself, timed."""
+        setattr(owner, name, self._timed(getattr(owner, name), phase))
+
+    def _timed(self, function: Callable[..., Any], phase: str) -> Callable[..., Any]:
+        @functools.wraps(function)
+        def timed(*args: Any, **kwargs: Any) -> Any:
+            before, self._inside = self._inside, 0.0
+            start = self._now()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                took = self._now() - start
+                self.seconds[phase] += took - self._inside
+                self._inside = before + took
+
+        return timed
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+
+@contextmanager
+def device_of(name: str) -> Iterator[torch.device]:
+    with processes.started(torch.device(name)) as device:
+        yield device
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--hidden", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=128_256)
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--context", type=int, default=2048)
+    parser.add_argument("--batch", type=int, default=1, help="sequences to a batch")
+    parser.add_argument("--algorithm", default="gptq")
+    parser.add_argument("--scheme", default="int4-weight-only:group_size=128,zero_point=integer")
+    options = parser.parse_args()
+    with device_of(options.device) as device:
+        data = measure(options, device)
+        if processes.rank() == 0:
+            options.results.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            print(json.dumps(data, indent=1))
+
+
+def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """Compress once, and say how long each phase took."""
+    model = llama(options, device)
+    shape = (options.samples // options.batch, options.batch, options.context)
+    ids = torch.randint(options.vocabulary, shape, generator=torch.Generator().manual_seed(0))
+    phases = Phases(device)
+    phases.watch(stage.Stage, "collect", "forward and Hessians")
+    phases.watch(stage.Stage, "collect_pairs", "forward and Hessians")
+    phases.watch(inputs.Stream, "advance", "forward of the compressed block")
+    phases.watch(placement, "_move", "weights between host and device")
+    phases.watch(layers, "gptq", "columns")
+    phases.watch(factor, "_damped_factor", "factorization")
+    phases.watch(gptq, "choose", "parameters")
+    phases.watch(layers, "_better", "rounding and errors")
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    start = time.perf_counter()
+    report = ao.compress_(
+        model,
+        options.algorithm,
+        list(ids),
+        scheme=options.scheme,
+        exclude="lm_head",
+        device=device,
+        progress=True,
+    )
+    total = time.perf_counter() - start
+    digest = hashlib.sha256()
+    for _, weight in model.named_parameters():
+        if isinstance(weight, ao.QuantizedTensor):
+            for part in weight.stored().values():
+                digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    notes = [facts for facts in report.notes.values() if "error" in facts]
+    return {
+        "command": "python tests/benchmarks/gptq_llama8b.py FILE",
+        "fingerprint": fingerprint(device),
+        "processes": processes.world(),
+        **{key: str(value) for key, value in vars(options).items() if key != "results"},
+        "seconds": round(total, 2),
+        "phases": {name: round(seconds, 2) for name, seconds in sorted(phases.seconds.items())},
+        "other": round(total - sum(phases.seconds.values()), 2),
+        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        "reserved_device_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
+        "layers_rounded": len(notes),
+        "error_over_rounded": sum(facts["error"] / facts["error_rounded"] for facts in notes) / len(notes),
+        "codes_sha256": digest.hexdigest(),
+    }
+
+
+if __name__ == "__main__":
+    main()
