@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -132,3 +134,69 @@ def test_what_is_refused(run, places, tmp_path, options, words):
 def test_wrong_usage(run, places, tmp_path):
     assert run("compress", places.model, *SMOOTH, "-o", tmp_path / "out").code == 2
     assert run("compress", places.model, "--calibration", places.text, "-o", tmp_path / "out").code == 2
+
+
+def codes(directory):
+    return {
+        name: weight.dequantize()
+        for name, weight in ao.load(directory).named_parameters()
+        if isinstance(weight, ao.QuantizedTensor)
+    }
+
+
+GPTQ = ("--algorithm", "gptq", "--scheme", "int4-weight-only:group_size=32", "--exclude", "lm_head")
+
+
+def test_gptq_says_what_each_layer_lost_and_resumes(run, places, tmp_path):
+    """Plain output has a line a block; the directory of a finished run is gone."""
+    text = ("--calibration", places.text, "--samples", 3, "--context", 32)
+    done = run("compress", places.model, *GPTQ, *text, "-o", tmp_path / "one")
+    assert done.code == 0, done.err
+    lines = [" ".join(line.split()) for line in done.err.splitlines()]
+    (line,) = [line for line in lines if line.startswith("2 of 2: model.layers.1: ")]
+    assert line.count("error") == 7 and "self_attn.q_proj: error" in line and "(rounded" in line
+    walk = tmp_path / "walk"
+    again = run("compress", places.model, *GPTQ, *text, "-o", tmp_path / "two", "--resume", walk)
+    assert again.code == 0, again.err
+    assert not walk.exists()
+    first, second = codes(tmp_path / "one"), codes(tmp_path / "two")
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def test_a_sentencepiece_model_and_padded_texts(run, places, tmp_path):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    pieces = tmp_path / "tokenizer.model"
+    with pieces.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["a b c d e f g h i j k"] * 20),
+            model_writer=file,
+            vocab_size=20,
+            hard_vocab_limit=False,
+        )
+    text = ("--calibration", places.text, "--context", 48, "--padded", "--tokenizer", pieces)
+    done = run("compress", places.model, *GPTQ, *text, "-o", tmp_path / "out", "--json")
+    assert done.code == 0, done.err
+    notes = json.loads(done.out)["notes"]
+    assert all(facts["tokens"] == 48 for facts in notes.values())
+    assert "holds 1 texts of 48 tokens; 128 were asked for" in done.err
+    words = ("--calibration", places.text, "--context", 600, "--samples", 1)
+    done = run("compress", places.model, *GPTQ, *words, "-o", tmp_path / "none")
+    assert done.code == 1 and "fewer than one window of 600" in done.err
+
+
+def test_two_processes_save_what_one_saves(places, run, tmp_path):
+    text = ["--calibration", places.text, "--samples", 4, "--context", 32]
+    done = run("compress", places.model, *GPTQ, *text, "-o", tmp_path / "one")
+    assert done.code == 0, done.err
+    script = tmp_path / "ao.py"
+    script.write_text("import torch; torch.set_num_threads(1)\nfrom ao_core.cli import main; main()")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script]
+    command = [*launch, "compress", places.model, *GPTQ, *text, "-o", tmp_path / "two"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("layers converted") == 1
+    first, second = codes(tmp_path / "one"), codes(tmp_path / "two")
+    same = [
+        torch.isclose(second[name], value, rtol=1e-2, atol=1e-6).flatten() for name, value in first.items()
+    ]
+    assert torch.cat(same).double().mean() >= 0.999
