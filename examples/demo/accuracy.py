@@ -39,6 +39,16 @@ LANGUAGE = (
     "int4-weight-only:group_size=64,zero_point=integer,qparams=minmax",
     "int4-weight-only:group_size=64,zero_point=integer",
     "gptq > int4-weight-only:group_size=64,zero_point=integer",
+    "gptq:act_order=False > int4-weight-only:group_size=64,zero_point=integer",
+    "gptq:mse=False > int4-weight-only:group_size=64,zero_point=integer",
+    "gptq:true_sequential=True > int4-weight-only:group_size=64,zero_point=integer",
+    "gptq:asymmetric=0.5 > int4-weight-only:group_size=64,zero_point=integer",
+    "gptq > int8-weight-only",
+    "gptq > float8-weight-only",
+    "gptq > nf4",
+    "gptq > int8-dynamic-int4-weight",
+    "ternary",
+    "gptq > ternary",
     "int4-weight-only:group_size=64,qparams=minmax",
     "int4-weight-only:group_size=64,qparams=hqq",
     "int4-weight-only:group_size=64",
@@ -164,11 +174,17 @@ def _convert(model: Any, name: str, batches: Callable[[], list[torch.Tensor]]) -
     if name == "float":
         return {}
     algorithm, arrow, scheme = name.rpartition(" > ")
+    errors = {}
     if arrow:
         report = ao.compress_(model, [algorithm], batches(), scheme=scheme)
+        notes = [facts for facts in report.notes.values() if "error_rounded" in facts]
+        if notes:  # squared, of layers' outputs on the calibration text
+            ratios = [facts["error"] / facts["error_rounded"] for facts in notes]
+            errors = {"error_over_rounding": sum(ratios) / len(ratios)}
     else:
         report = ao.quantize_(model, scheme)
     return {
+        **errors,
         "layers": len(report.converted),
         "share_of_bfloat16": 2 * report.converted_bytes_after / report.converted_bytes_before,
     }

@@ -11,12 +11,12 @@ from gptq_models import Block, data, gaussian, hessian_of, inputs, model_of
 from torch import nn
 
 import ao_core as ao
-from ao_core.calibrate import PairedHessian
+from ao_core.calibrate import Hessian, PairedHessian
 from ao_gptq.algorithm import Gptq
 from ao_gptq.factor import Factor, inverse_factor
 from ao_gptq.gptq import gptq as loop
 from ao_gptq.gptq import output_error
-from ao_gptq.layers import _aim
+from ao_gptq.layers import _aim, _shared
 from ao_gptq.ranges import choose, scales
 
 SCHEMES = [
@@ -270,6 +270,16 @@ def test_experts_with_too_few_tokens_share_a_hessian():
     alone, facts = error(",min_tokens=1")
     assert facts[0]["gptq"] == "done"
     assert shared < 0.9 * alone
+
+
+def test_the_shared_hessian_is_that_of_all_tokens():
+    parts, x = [Hessian(63) for _ in range(3)], inputs(63, 300) * torch.linspace(0.1, 9, 300).unsqueeze(1)
+    for part, rows in zip(parts, x.split([7, 200, 93]), strict=True):
+        part.update(rows)
+    found = _shared(parts)
+    assert found.tokens == 300
+    torch.testing.assert_close(found.value, hessian_of(x), rtol=1e-4, atol=1e-3)
+    assert _shared([Hessian(63), Hessian(63)]) is None
 
 
 def test_the_search_for_parameters_weighs_columns_by_their_inputs():
