@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ao_autoquant.explore import Exploration, autoquant, explore
-    from ao_autoquant.search import InfeasibleError
+    from ao_autoquant.exploration import Exploration, autoquant, explore
+    from ao_autoquant.search import Budget, InfeasibleError
 
 __version__ = "0.1.0"
-__all__ = ["Exploration", "InfeasibleError", "__version__", "autoquant", "explore"]
+__all__ = ["Budget", "Exploration", "InfeasibleError", "__version__", "autoquant", "explore"]
+
+_SEARCH = ("Budget", "InfeasibleError")
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'ao_autoquant' has no attribute {name!r}")
-    from ao_autoquant import explore, search
-
-    return getattr(search if name == "InfeasibleError" else explore, name)
+    module = "search" if name in _SEARCH else "exploration"
+    return getattr(importlib.import_module(f"ao_autoquant.{module}"), name)

@@ -46,11 +46,11 @@ def autoquant(
     device: Device = "cpu",
     json: Json = False,
 ) -> None:
-    """Measure every installed scheme on every layer of MODEL, choose, save the model, the plan and a report."""
+    """Measure every installed scheme on every layer of MODEL, choose, and save the result."""
     import torch
 
     from ao_autoquant import report
-    from ao_autoquant.explore import explore
+    from ao_autoquant.exploration import explore
     from ao_autoquant.search import Budget, checked_objective
     from ao_core import apply_, load_model, save
 
@@ -89,7 +89,10 @@ def show(path: PlanFile, json: Json = False) -> None:
     if json:
         typer.echo(found.to_json(), nl=False)
         return
-    rows = [(name, each.scheme or "float", _numbers(each.evidence), each.reason) for name, each in found.layers.items()]
+    rows = [
+        (name, each.scheme or "float", _numbers(each.evidence), each.reason)
+        for name, each in found.layers.items()
+    ]
     _table(("layer", "scheme", "measured", "why float"), rows)
     _say(", ".join(f"{key} {value}" for key, value in found.fingerprint.items() if value))
 
@@ -116,9 +119,7 @@ def diff(
 
 
 @plan.command("apply")
-def apply(
-    path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: Device = "cpu"
-) -> None:
+def apply(path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: Device = "cpu") -> None:
     """Convert MODEL along a plan and save it; says so where the plan was measured on another device."""
     from ao_autoquant.plans import elsewhere
     from ao_core import Plan, apply_, load_model, save
@@ -147,11 +148,15 @@ def _examples(loaded: Any, text: Path | None, prefill: int, decode: int) -> tupl
         _say("warning: no --text: layers are measured on random tokens, whose activations are not a text's.")
         size = getattr(getattr(loaded.model, "config", None), "vocab_size", None)
         if size is None:
-            raise ModelError("the model has no vocabulary, so that no tokens can be made for it. Use the library.")
+            raise ModelError(
+                "the model has no vocabulary, so that no tokens can be made for it. Use the library."
+            )
         tokens = torch.randint(int(size), (count,), generator=torch.Generator().manual_seed(0))
     else:
         if loaded.tokenizer is None or not text.is_file():
-            raise ModelError(f"--text needs a tokenizer beside the model and a UTF-8 file, and was given {text}.")
+            raise ModelError(
+                f"--text needs a tokenizer beside the model and a UTF-8 file, and was given {text}."
+            )
         words = text.read_text("utf-8")
         tokens = torch.tensor(loaded.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
         if len(tokens) < count:

@@ -86,7 +86,7 @@ def timed(
 ) -> Time:
     """Time ``F.linear`` with ``weight``, float or quantized, on ``rows`` rows of the sampled inputs.
 
-    Calls go through copies of the weight in turn, together larger than the caches, as the layers of a model do.
+    Calls go through copies of the weight in turn, together larger than the caches, as layers do.
     On CUDA a graph of them is replayed.
 
     Args:
@@ -117,7 +117,8 @@ def digest(tensor: torch.Tensor | None) -> str:
         return ""
     flat = tensor.detach().contiguous().reshape(-1)
     if flat.device.type == "cpu":
-        return hashlib.sha256(flat.view(torch.uint8).numpy()).hexdigest()[:24]
+        values: Any = flat.view(torch.uint8).numpy()  # a buffer, which numpy's annotations don't say
+        return hashlib.sha256(values).hexdigest()[:24]
     words = {2: torch.int16, 4: torch.int32, 8: torch.int64}.get(flat.element_size(), torch.uint8)
     total = torch.zeros(2, dtype=torch.int64, device=flat.device)
     for start in range(0, flat.numel(), 1 << 24):

@@ -1,8 +1,9 @@
-"""Measuring candidates on a layer: what is known is reused, and a candidate that fails is noted and skipped."""
+"""Measuring candidates on a layer: what is known is reused, what fails is noted and skipped."""
 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from ao_autoquant.measure import FaultError, Quality, Time
 from ao_autoquant.profile import Seen
 from ao_autoquant.search import FLOAT, Option
 from ao_autoquant.worker import Worker
-from ao_core import KERNELS, Scheme, fingerprint, scheme_source
+from ao_core import KERNELS, RejectedError, Scheme, fingerprint, scheme_source
 
 OWN = ("ao-quant", "ao-sparsity", "ao-kernels", "ao-gptq")
 """Distributions whose schemes are measured in this process."""
@@ -63,8 +64,10 @@ class Measurer:
     def __exit__(self, *_: object) -> None:
         self._worker.close()
 
-    def options(self, name: str, seen: Seen, schemes: Mapping[str, Scheme]) -> dict[str, Option]:
-        """Float and each scheme that could be measured, on one layer."""
+    def options(
+        self, name: str, seen: Seen, schemes: Mapping[str, Scheme], rejected: dict[str, str]
+    ) -> dict[str, Option]:
+        """Float and each scheme that could be measured, on one layer; reasons go into ``rejected``."""
         weight, sample = seen.layer.weight.detach(), seen.sample
         made: dict[str, Option] = {}
         values = {"weight": measure.digest(weight), "sample": measure.digest(sample)}
@@ -73,7 +76,10 @@ class Measurer:
                 continue
             try:
                 quality, times = self._one(text, scheme, weight, sample, seen, values)
-            except Exception as error:  # noqa: BLE001 - a stranger's code: the report names it
+            except RejectedError as error:
+                rejected[text] = str(error)
+                continue
+            except Exception as error:
                 if scheme is None:
                     raise
                 self._note(text, scheme, name, error)
@@ -153,4 +159,4 @@ class Measurer:
             self._broken.add(text)
         reason = measure.explained(error)
         fault = Faulty(text, "" if source is None else source.distribution, layer, reason, hung)
-        self.faults.setdefault((text, reason), fault)
+        self.faults.setdefault((text, re.sub(r"\d+", "#", reason)), fault)

@@ -93,7 +93,7 @@ class Recorder:
                 self.left[name] = reason
         if any(seen.layer.weight.device.type == "meta" for seen in self.seen.values()):
             raise ModelError(
-                "the model lies on the meta device, so that it has no values to measure. Load its weights first."
+                "the model lies on the meta device and has no values to measure. Load its weights first."
             )
         if not self.seen:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self.left.items())[:3])
@@ -209,7 +209,7 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     found = [float(each) for each in weights]
     if len(found) != count or not all(math.isfinite(each) and each > 0 for each in found):
         raise OptionError(
-            f"weights needs a positive number for each of the {count} examples, and was given {list(weights)}."
+            f"weights needs a positive number for each of {count} examples, and was given {list(weights)}."
         )
     return found
 

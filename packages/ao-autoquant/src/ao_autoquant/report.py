@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,16 +16,22 @@ from typing import TYPE_CHECKING, Any
 from ao_autoquant.search import FLOAT, Budget, Totals
 
 if TYPE_CHECKING:
-    from ao_autoquant.explore import Exploration
+    from ao_autoquant.exploration import Exploration
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #1a1a1a }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
-table { border-collapse: collapse; font-size: 13px } th, td { padding: 3px 10px; text-align: left; border-bottom: 1px solid #e4e4e4 }
-td.n { text-align: right; font-variant-numeric: tabular-nums } tr.chosen td { font-weight: 600; background: #eef6ee }
+table { border-collapse: collapse; font-size: 13px }
+th, td { padding: 3px 10px; text-align: left; border-bottom: 1px solid #e4e4e4 }
+tr.chosen td { font-weight: 600; background: #eef6ee }
 div.wide { overflow-x: auto } svg { max-width: 100%; height: auto } p.note { color: #555 }
-td.cell { text-align: right; font-variant-numeric: tabular-nums } td.best { outline: 2px solid #1a1a1a; outline-offset: -2px }
+td.cell { text-align: right; font-variant-numeric: tabular-nums }
+td.best { outline: 2px solid #1a1a1a; outline-offset: -2px }
 """
+_UNITS = (
+    "<p class=note>µs of the searched layers for one run of the examples; MB of the whole model; "
+    "error: root mean square of the layers' relative output errors.</p>"
+)
 
 
 def summary(found: Exploration, chosen: Mapping[str, str]) -> dict[str, Any]:
@@ -67,11 +74,10 @@ def show(found: Exploration, chosen: Mapping[str, str]) -> None:
     )
 
 
-def html(
-    found: Exploration, chosen: Mapping[str, str], *, title: str, objective: str, budget: Budget
-) -> str:
+def html(found: Exploration, chosen: Mapping[str, str], *, title: str, objective: str, budget: Budget) -> str:
     """One page: totals, the plot of time against error, layers by schemes, reasons, faults, environment."""
     limits = ", ".join(f"{key}={value:g}" for key, value in vars(budget).items() if value is not None)
+    asked = f"Least {objective}" + (f", with {limits}" if limits else "")
     rows = [(name, *cells) for name, cells in _totals(found, chosen)]
     used = Counter(chosen.values())
     verdict = ", ".join(f"{name} on {count}" for name, count in used.most_common())
@@ -79,19 +85,22 @@ def html(
         verdict = "float on all: no scheme is faster by more than the spread, or fits the constraints"
     parts = [
         f"<h1>{escape(title)}</h1>",
-        f"<p>Least {escape(objective)}{escape(', with ' + limits if limits else '')}. Chosen: {escape(verdict)}.</p>",
+        f"<p>{escape(asked)}. Chosen: {escape(verdict)}.</p>",
         "<h2>Totals</h2>",
         _table(("", "layers", "µs", "speed-up", "MB", "error"), rows, chosen_first=True),
-        "<p class=note>µs of the searched layers for one run of the examples; MB of the whole model; error: root "
-        "mean square of the layers' relative output errors.</p>",
+        _UNITS,
         f"<h2>Time against error</h2>{_pareto(found, chosen)}",
         f"<h2>Layers by schemes</h2>{_heat(found, chosen)}",
         "<h2>Layers left alone</h2>",
         _table(("layer", "why"), list(found.left.items())) if found.left else "<p>None.</p>",
         "<h2>Schemes that do not fit a layer</h2>",
-        _table(("scheme", "why", "layers"), _rejections(found)) if any(found.rejected.values()) else "<p>None.</p>",
+        _table(("scheme", "why", "layers"), _rejections(found))
+        if any(found.rejected.values())
+        else "<p>None.</p>",
         "<h2>Faults</h2>",
-        _table(("scheme", "from", "layer", "what happened"), _faults(found)) if _faults(found) else "<p>None.</p>",
+        _table(("scheme", "from", "layer", "what happened"), _faults(found))
+        if _faults(found)
+        else "<p>None.</p>",
         "<h2>Environment</h2>",
         _table(("", ""), [(k, v) for k, v in found.fingerprint.items() if v]),
     ]
@@ -147,8 +156,8 @@ def _pareto(found: Exploration, chosen: Mapping[str, str]) -> str:
 
 
 def _heat(found: Exploration, chosen: Mapping[str, str]) -> str:
-    """A row for each layer, a column for each scheme: times as fast as float, coloured; error as a tooltip."""
-    names = [FLOAT] + sorted({name for each in found.options.values() for name in each} - {FLOAT})
+    """A row for each layer, a column for each scheme: times as fast as float, coloured; the error below."""
+    names = [FLOAT, *sorted({name for each in found.options.values() for name in each} - {FLOAT})]
     lines = ["".join(f"<th>{escape(name)}</th>" for name in ("layer", *names))]
     for layer, options in found.options.items():
         cells = [f"<td>{escape(layer)}</td>"]
@@ -178,8 +187,12 @@ def _colour(ratio: float) -> str:
 
 
 def _rejections(found: Exploration) -> list[tuple[str, str, str]]:
-    counts = Counter((name, why) for each in found.rejected.values() for name, why in each.items())
-    return [(name, why, str(count)) for (name, why), count in sorted(counts.items())]
+    """A row for each scheme and reason; reasons that differ in their numbers only are one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for each in found.rejected.values():
+        for name, why in each.items():
+            groups.setdefault((name, re.sub(r"\d+", "#", why)), []).append(why)
+    return [(name, reasons[0], str(len(reasons))) for (name, _), reasons in sorted(groups.items())]
 
 
 def _faults(found: Exploration) -> list[tuple[str, ...]]:

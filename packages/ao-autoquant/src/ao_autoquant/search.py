@@ -127,6 +127,8 @@ def solve(
         OptionError: an unknown objective.
     """
     checked_objective(objective)
+    if not options:
+        return {}
     problem = _Problem(options, other_bytes, together)
     limits = problem.limits(budget or Budget())
     found = problem.minimize(objective, limits)

@@ -20,6 +20,7 @@ import torch
 
 from ao_autoquant import measure
 from ao_autoquant.measure import FaultError, Quality, Time
+from ao_core import RejectedError
 
 
 class Worker:
@@ -48,6 +49,7 @@ class Worker:
         """Quality, and the time for each number of rows.
 
         Raises:
+            RejectedError: the scheme refuses these values.
             FaultError: what the child says, or that it hung or died.
         """
         from safetensors.torch import save_file
@@ -64,6 +66,8 @@ class Worker:
             "threads": torch.get_num_threads(),
         }
         answer = self._ask(json.dumps(request))
+        if "rejected" in answer:
+            raise RejectedError(answer["rejected"])
         if "fault" in answer:
             raise FaultError(answer["fault"])
         times = {int(key): Time(**value) for key, value in answer["times"].items()}
@@ -141,11 +145,11 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
         found, quantized = measure.quality(parse_scheme(request["scheme"]), weight, sample, bias)
         times = {
-            rows: measure.as_dict(
-                measure.timed(quantized, sample, rows, bias, compiled=request["compiled"])
-            )
+            rows: measure.as_dict(measure.timed(quantized, sample, rows, bias, compiled=request["compiled"]))
             for rows in request["rows"]
         }
+    except RejectedError as error:
+        return {"rejected": str(error)}
     except Exception as error:  # noqa: BLE001 - a stranger's code: the report names it
         return {"fault": measure.explained(error)}
     return {"quality": measure.as_dict(found), "times": times}
@@ -159,9 +163,9 @@ def main() -> None:
 
     with torch.no_grad():
         schemes()
-        print("ready", file=out, flush=True)  # noqa: T201 - the protocol
+        print("ready", file=out, flush=True)
         for line in sys.stdin:
-            print(json.dumps(_answer(json.loads(line))), file=out, flush=True)  # noqa: T201
+            print(json.dumps(_answer(json.loads(line))), file=out, flush=True)
 
 
 if __name__ == "__main__":

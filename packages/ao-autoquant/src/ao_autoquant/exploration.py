@@ -51,7 +51,10 @@ class Exploration:
     proposals: dict[str, str] = field(default_factory=dict)
 
     def choose(
-        self, objective: Objective = "latency", budget: Budget | None = None, together: Sequence[Sequence[str]] = ()
+        self,
+        objective: Objective = "latency",
+        budget: Budget | None = None,
+        together: Sequence[Sequence[str]] = (),
     ) -> dict[str, str]:
         """Layer → candidate, see :func:`ao_autoquant.search.solve`. ``together`` are groups of patterns.
 
@@ -228,9 +231,7 @@ def measured(
     options: dict[str, dict[str, Option]] = {}
     rejected: dict[str, dict[str, str]] = {}
     proposals: dict[str, str] = {}
-    measurer = Measurer(
-        Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s
-    )
+    measurer = Measurer(Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s)
     with measurer, torch.no_grad(), reporting("measuring", enabled=progress) as show:
         for done, (name, each) in enumerate(seen.seen.items()):
             show(done, len(seen.seen))
@@ -243,7 +244,7 @@ def measured(
                 if (reason := _rejects(each.layer, scheme)) is not None
             }
             fit = {text: scheme for text, scheme in candidates.items() if text not in rejected[name]}
-            options[name] = measurer.options(name, each, fit)
+            options[name] = measurer.options(name, each, fit, rejected[name])
     searched = sum(each[FLOAT].bytes for each in options.values())
     return Exploration(
         options=options,
@@ -294,4 +295,6 @@ def _why_float(others: Mapping[str, Option], base: Option, objective: str) -> st
             f"float is not beaten by more than the spread: {base.us:.1f} µs, and the fastest, {name}, "
             f"takes {best.us:.1f} ± {noise:.1f} µs"
         )
-    return f"float is needed for the constraints; the fastest, {name}, takes {best.us:.1f} of {base.us:.1f} µs"
+    return (
+        f"float is needed for the constraints; the fastest, {name}, takes {best.us:.1f} of {base.us:.1f} µs"
+    )
