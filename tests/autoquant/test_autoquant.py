@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import sqlite3
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -287,3 +289,11 @@ def test_saved_measurements(model, examples, tmp_path):
     found.save(tmp_path / "found.json")
     data = json.loads((tmp_path / "found.json").read_text("utf-8"))
     assert data["options"]["0"]["uint4"]["bytes"] == found.options["0"]["uint4"].bytes
+
+
+def test_the_blocks_of_the_page_run():
+    page = (Path(__file__).parents[2] / "docs" / "autoquant.md").read_text("utf-8")
+    names: dict[str, object] = {}
+    for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
+        exec(code, names)  # noqa: S102
+    assert names["found"].totals(names["found"].choose("error", Budget(max_bytes=600_000))).bytes <= 600_000
