@@ -295,5 +295,5 @@ def test_the_blocks_of_the_page_run():
     page = (Path(__file__).parents[2] / "docs" / "autoquant.md").read_text("utf-8")
     names: dict[str, object] = {}
     for code in re.findall(r"^```python\n(.*?)^```", page, re.MULTILINE | re.DOTALL):
-        exec(code, names)  # noqa: S102
+        exec(code, names)
     assert names["found"].totals(names["found"].choose("error", Budget(max_bytes=600_000))).bytes <= 600_000
