@@ -39,18 +39,8 @@ LAYERS = (
     {"plan"},
     {"algorithm"},
     {"plugins"},
-    {
-        "convert",
-        "calibrate",
-        "compress",
-        "checkpoint",
-        "rebuild",
-        "shards",
-        "metrics",
-        "timing",
-        "models",
-        "proposals",
-    },
+    {"convert", "calibrate", "compress", "checkpoint", "rebuild", "shards", "metrics", "timing", "models"},
+    {"proposals"},
     {"cli", "testing"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}
