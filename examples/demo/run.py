@@ -65,15 +65,23 @@ def main(
         bar.update(step, total=(1 + len(names)) * (TOKENS // CONTEXT), completed=0)
         rows = [_measure("float", model, None, tokens, bar, step)]
         best: tuple[Result, Any] | None = None
+        refused: dict[str, str] = {}
         for name in names:
             quantized = copy.deepcopy(model)
-            report = ao.quantize_(quantized, name)
+            try:
+                report = ao.quantize_(quantized, name)
+            except ao.RejectedError as error:  # such as 2:4, which asks for pruned weights
+                refused[name] = str(error)
+                bar.advance(step, TOKENS // CONTEXT)
+                continue
             row = _measure(name, quantized, report, tokens, bar, step)
             row.delta = metrics.delta_nll(rows[0].score, row.score)
             rows.append(row)
             if row.delta.mean <= max_delta and (best is None or _better(row, best[0])):
                 best = (row, quantized)
     _show(rows, dtype)
+    for name, why in refused.items():
+        console.print(f"left out: {name}: {why}", markup=False)
     if best is None:
         console.print(f"No scheme loses {max_delta} nats a token or less: the float model stays best.")
         return

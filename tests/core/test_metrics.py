@@ -11,12 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+import ao_core as ao
 from ao_core.errors import ModelError, OptionError
 from ao_core.metrics import (
     Perplexity,
     delta_nll,
     model_bytes,
     perplexity,
+    sparsity,
     speed,
     sqnr,
     stored_bytes,
@@ -490,3 +492,20 @@ def test_microseconds_of_one_call():
     assert found >= 2000  # what sleeping takes at least
     with pytest.raises(ValueError, match="at least one call"):
         microseconds([], "cpu")
+
+
+def test_sparsity_counts_zeros_of_linears_once():
+    """Tied heads are the embedding's; quantized weights count as they dequantize."""
+    model = nn.Sequential(
+        nn.Embedding(10, 8), nn.Linear(8, 10, bias=False), nn.Linear(10, 3), nn.Linear(10, 3)
+    )
+    model[1].weight = model[0].weight
+    model[3].weight = model[2].weight
+    assert sparsity(model) == 0
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[2].weight[:, :5] = 0
+    assert sparsity(model) == 0.5
+    ao.quantize_(model, "int8-weight-only", include="2")
+    assert sparsity(model) == 0.5
+    assert math.isnan(sparsity(nn.Sequential(nn.ReLU())))

@@ -107,10 +107,70 @@ def compile_all(architecture: int) -> int:
     for once in (True, False):
         rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32"}
         build(activations.quantize_rows, rows, {"EPS": 1e-5, "BLOCK": 4096, "ONCE": once})
-    planes = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
-    build(activations.split_planes, planes, {"DTYPE": tl.bfloat16, "BLOCK": 1024})
+    floats = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
+    build(activations.order_columns, floats, {"BYTES": 32, "DTYPE": tl.bfloat16, "BLOCK": 1024})
+    if architecture == 90:
+        done += compile_specialized()
     parts = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     build(add_parts, parts, {"PARTS": 4, "BIAS": True, "BLOCK": 1024})
+    return done
+
+
+def compile_specialized() -> int:
+    """The same for the kernel in Gluon, with the tiles of the table."""
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.experimental.gluon import language as gl
+    from triton.experimental.gluon._runtime import GluonASTSource
+
+    from ao_kernels.configs import Specialized, weight_config
+    from ao_kernels.device import decode
+    from ao_kernels.device.warp_specialized import warp_specialized
+
+    done, names = 0, warp_specialized.arg_names
+    for weight, m in [(WEIGHTS[0], 64), (WEIGHTS[0], 512), *((weight, 128) for weight in WEIGHTS)]:
+        kind, zero, coded, group, scale = weight
+        tiles = weight_config(kind.lower(), m, 4096, hopper=True)
+        assert isinstance(tiles, Specialized)
+        packed = kind in ("INT4", "NF4")
+        columns = tiles.bytes * (2 if packed else 1)
+        x_layout = gl.NVMMASharedLayout.get_default_for([tiles.block_m, columns], gl.bfloat16)
+        codes_layout = gl.NVMMASharedLayout.get_default_for([tiles.block_n, 128], gl.uint8)
+        pointers = {
+            "x_desc": f"tensordesc<bf16[{tiles.block_m}, {columns}],{x_layout!r}>",
+            "codes_desc": f"tensordesc<u8[{tiles.block_n}, 128],{codes_layout!r}>",
+            "scale_ptr": scale,
+            "zero_ptr": "*u8" if zero == 2 else "*bf16",
+            "offset_ptr": "*fp32",
+            "step_ptr": "*fp32",
+            "bias_ptr": "*bf16",
+            "out_ptr": "*bf16",
+        }
+        constants = {
+            "KIND": getattr(decode, kind).value,
+            "ZERO": zero,
+            "CODED": coded,
+            "BIAS": True,
+            "DTYPE": gl.bfloat16,
+            "GROUP": group,
+            "BLOCK_M": tiles.block_m,
+            "BLOCK_N": tiles.block_n,
+            "BYTES": tiles.bytes,
+            "SLICE": min(tiles.bytes, group or 64, 32 if packed else 64),
+            "RING": tiles.ring,
+            "CODES_RING": tiles.codes_ring,
+            "GROUP_M": tiles.group_m,
+            "num_warps": 8,
+        }
+        source = GluonASTSource(
+            fn=warp_specialized,
+            signature={
+                name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
+            },
+            constexprs={(names.index(name),): value for name, value in constants.items()},
+        )
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        done += 1
     return done
 
 

@@ -13,7 +13,7 @@ import torch
 
 from ao_core import AoError
 from ao_kernels import tiles, tuning, weight_linear
-from ao_kernels.configs import Decoded, Few, Gemm, Many, weight_config
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized, weight_config
 from ao_kernels.tiles import Cell
 
 CELL = Cell("int4", 33, 96, "bfloat16", 4)
@@ -35,7 +35,14 @@ def find(device, rows=4, n=33, dtype=torch.bfloat16):
 
 
 @pytest.mark.parametrize(
-    "found", [FEW, Many(64, 32, 4, 32, 3, 2), Decoded(8), Gemm("pointers", 16, 32, 64, 4, 3, 0, 1)]
+    "found",
+    [
+        FEW,
+        Many(64, 32, 4, 32, 3, 2),
+        Specialized(64, 128, 64, 4, 2, 1, 4),
+        Decoded(8),
+        Gemm("pointers", 16, 32, 64, 4, 3, 0, 1),
+    ],
 )
 def test_what_is_kept_is_found(found, device):
     assert find(device) is None
@@ -141,12 +148,38 @@ def test_the_number_of_rows_is_rounded_up():
 
 @pytest.mark.parametrize("kind", tuning.KINDS)
 @pytest.mark.parametrize("rows", [1, 16, 64, 1024])
-def test_candidates_are_few_and_begin_with_the_table(kind, rows):
+@pytest.mark.parametrize("on_hopper", [False, True])
+def test_candidates_are_few_and_begin_with_the_table(kind, rows, on_hopper):
     cell = Cell(kind, 4096, 4096, "bfloat16", rows)
-    found = tuning.candidates(cell)
-    assert found[0] == tuning.default(cell)
+    found = tuning.candidates(cell, on_hopper)
+    assert found[0] == tuning.default(cell, on_hopper)
     assert len(set(found)) == len(found)
     assert 1 <= len(found) <= 150
+    specialized = [each for each in found if isinstance(each, Specialized)]
+    assert bool(specialized) == (on_hopper and rows >= 16 and kind != "int8-dynamic")
+    for each in specialized:
+        columns = each.bytes * (2 if kind in ("int4", "nf4") else 1)
+        slots = each.ring * 2 * columns * (each.block_m + each.block_n)
+        assert slots + each.codes_ring * 128 * each.block_n < 232_448  # what a program may use
+
+
+def test_results_that_differ_from_call_to_call_exclude_tiles():
+    calls = iter(range(100))
+    expected = torch.ones(1000, dtype=torch.float64)
+
+    class OnCuda:
+        """An expected value that is asked whether it lies on a GPU: there calls are repeated."""
+
+        is_cuda = True
+
+        def __rsub__(self, other):
+            return other - expected
+
+    def run(tiles):
+        return torch.ones(1000) + 1e-6 * (next(calls) == 3)
+
+    assert tuning._reason(run, FEW, OnCuda(), 1e-2) == "wrong: results differ from call to call"
+    assert tuning._reason(run, FEW, OnCuda(), 1e-2) == ""
 
 
 WRONG = Few(4, 16, 1, 2, 32, 2)
@@ -159,7 +192,7 @@ def test_a_search_takes_the_fastest_that_is_right(kind, monkeypatch, device):
     table = tuning.default(cell)
     other = Gemm("pointers", 16, 16, 64, 4, 3, 0, 1) if kind == "int8-dynamic" else FEW
     times = {WRONG: 1.0, BROKEN: 1.0, other: 5.0, table: 9.0}
-    monkeypatch.setattr(tuning, "candidates", lambda cell: [table, WRONG, BROKEN, other])
+    monkeypatch.setattr(tuning, "candidates", lambda cell, on_hopper: [table, WRONG, BROKEN, other])
     make = tuning._runner
 
     def runner(cell, arguments):

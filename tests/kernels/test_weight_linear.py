@@ -9,7 +9,8 @@ import ao_core as ao
 from ao_core.numerics import pack
 from ao_core.testing.kernels import poisoned_memory
 from ao_kernels import int8_mm
-from ao_kernels.configs import Decoded, Few, Gemm, Many
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized, weight_config
+from ao_kernels.support import hopper
 from ao_kernels.weight_linear import Codes, dequantized, weight_linear
 
 # dB against float64 with the weight as stored: what 16-bit weights and results cost. The interpreter cuts
@@ -113,6 +114,57 @@ def test_against_float64(kind, config, device):
         assert found.dtype == dtype
         assert found.shape == (m, n)
         assert ao.sqnr(expected, found.cpu()) > LEAST[dtype], (m, n, k)
+
+
+SPECIALIZED = (
+    Specialized(64, 128, 128, 2, 2, 1, 1),
+    Specialized(128, 128, 64, 3, 2, 1, 4),
+    Specialized(256, 128, 32, 4, 2, 8, 2),
+    Specialized(128, 64, 64, 3, 4, 2, 1),
+)
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and hopper(torch.device("cuda"))), reason="a kernel for Hopper, in Gluon"
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", SPECIALIZED, ids=repr)
+def test_the_kernel_for_hopper_against_float64(kind, config, device):
+    for index, (m, n, k) in enumerate(((1, 20, 64), (100, 130, 576), (300, 1000, 4128), (17, 257, 1056))):
+        dtype = (torch.bfloat16, torch.float16)[index % 2]
+        weight, values = codes(kind, n, k, device)
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(dtype)
+        bias = torch.randn(n, generator=torch.Generator().manual_seed(n)) if index % 2 == 0 else None
+        expected = x.double() @ values.t() + (0 if bias is None else bias.double())
+        with poisoned_memory():
+            found = [
+                weight_linear(x.to(device), weight, None if bias is None else bias.to(device), config)
+                for _ in range(5)
+            ]
+        assert ao.sqnr(expected, found[0].cpu()) > LEAST[dtype], (m, n, k)
+        assert all(torch.equal(found[0], each) for each in found), (m, n, k)  # no race
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_what_the_copy_engine_cannot_read_goes_another_way(kind, device):
+    for m, n, k in ((40, 33, 97), (17, 20, 72)):  # rows of codes do not start at multiples of 16 bytes
+        weight, values = codes(kind, n, k, device)
+        x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).half()
+        found = weight_linear(x.to(device), weight, None, Specialized(64, 128, 64, 3, 2, 1, 1))
+        assert ao.sqnr(x.double() @ values.t(), found.cpu()) > LEAST[torch.float16]
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "float8"])
+def test_hopper_has_tiles_of_its_own_from_some_rows_on(kind):
+    for n in (4096, 14336):
+        of_hopper = [
+            m
+            for m in (1, 8, 16, 64, 128, 256, 512, 4096)
+            if weight_config(kind, m, n, hopper=True).__class__ is Specialized
+        ]
+        assert of_hopper == [64, 128, 256, 512]
+        assert all(weight_config(kind, m, n) == weight_config(kind, m, n, hopper=True) for m in (1, 16, 4096))
+        assert not any(isinstance(weight_config(kind, m, n), Specialized) for m in (1, 64, 512))
 
 
 @pytest.mark.parametrize("kind", KINDS)

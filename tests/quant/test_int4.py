@@ -178,3 +178,21 @@ def test_a_state_dict_tiled_on_another_processor_is_right_or_refused(tmp_path):
     command = [sys.executable, "-c", code, str(tmp_path / "state.pt")]
     done = subprocess.run(command, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_zeros_of_a_pruned_weight_stay_zero_with_a_float_midpoint():
+    """Rows of one sign too; a group without zeros keeps its own midpoint, and little is lost by it."""
+    weight = torch.randn(40, 200, generator=torch.Generator().manual_seed(0)) / 3
+    weight[3], weight[4] = weight[3].abs() + 0.1, -weight[4].abs() - 2
+    pruned = weight.clone()
+    pruned[:, 1::2] = 0
+    integer = ao.parse_scheme("int4-weight-only:group_size=32,zero_point=integer").quantize(pruned)
+    for dtype in (torch.float32, torch.bfloat16):
+        for method in ("minmax", "mse", "hqq"):
+            scheme = ao.parse_scheme("int4-weight-only", group_size=32, qparams=method)
+            values = scheme.quantize(pruned.to(dtype)).dequantize()
+            assert not values[pruned == 0].any()
+            assert ao.sqnr(pruned, values) > ao.sqnr(pruned, integer.dequantize()) - 3
+            dense = scheme.quantize(weight.to(dtype)).portable()
+            steps = dense.zero.float() / dense.scale.float()
+            assert (steps - steps.round()).abs().max() > 0.2

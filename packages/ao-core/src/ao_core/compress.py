@@ -16,7 +16,7 @@ from ao_core.algorithm import Algorithm, parse_algorithm
 from ao_core.calibrate import Stage, Walker, as_batches, processes, tensors
 from ao_core.calibrate.batches import check_tokens
 from ao_core.calibrate.resume import Resume, checksum, data_checksum
-from ao_core.convert import Report, made_rules, planned
+from ao_core.convert import Report, made_rules, planned, slower_than_float
 from ao_core.errors import ModelError, OptionError
 from ao_core.layers import Layer
 from ao_core.metrics import model_bytes, stored_bytes
@@ -76,6 +76,9 @@ class BlockAlgorithm:
     def rejects(self, scheme: Scheme | None) -> str | None:
         """Why the algorithm can do nothing for layers that get ``scheme`` (None: stay float), or None."""
         return None
+
+    def check_layers(self, layers: Mapping[str, Layer]) -> None:
+        """Raise :class:`OptionError` if the options don't fit ``layers``, all that can be compressed."""
 
     def prepared(self, survey: Callable[[Callable[[Stage], None]], None]) -> BlockAlgorithm:
         """The algorithm with what it must know of the whole model before its first block; itself by default.
@@ -171,12 +174,13 @@ def _compress(
     progress: bool,
     resume: str | os.PathLike[str] | None,
 ) -> CompressReport:
-    jobs = planned(model, plan, known)
+    jobs = planned(model, plan, known, values=False)
     layers = {layer.name: layer for layer, _, _ in jobs}
     schemes = {layer.name: None if isinstance(scheme, _Float) else scheme for layer, scheme, _ in jobs}
     providers = {layer.name: provider for layer, _, provider in jobs}
     for algorithm in algorithms:
         algorithm.check(schemes)
+        algorithm.check_layers(layers)
     before, old = model_bytes(model).total, {name: stored_bytes(it.weight) for name, it in layers.items()}
     shared = processes.world() > 1 and all(algorithm.shares for algorithm in algorithms)
     walker = Walker(
@@ -207,6 +211,7 @@ def _compress(
         bytes_after=model_bytes(model).total,
         converted_bytes_before=sum(old[name] for name in done),
         converted_bytes_after=sum(stored_bytes(layer.weight) for layer in done.values()),
+        slower=slower_than_float({n: (s, done[n].weight) for n, s in schemes.items() if n in done and s}),
         notes=walk.notes,
         walk=walk.how,
     )

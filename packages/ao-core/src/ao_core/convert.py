@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Report:
         bytes_after: the same after.
         converted_bytes_before: stored bytes of the converted weights before.
         converted_bytes_after: the same after.
+        slower: converted layers that are expected to be slower than in float: name → why.
     """
 
     plan: Plan
@@ -35,6 +36,7 @@ class Report:
     bytes_after: int
     converted_bytes_before: int
     converted_bytes_after: int
+    slower: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def converted(self) -> dict[str, str]:
@@ -55,6 +57,7 @@ class Report:
             "bytes_after": self.bytes_after,
             "converted_bytes_before": self.converted_bytes_before,
             "converted_bytes_after": self.converted_bytes_after,
+            "slower": dict(self.slower),
         }
 
     def __str__(self) -> str:
@@ -62,7 +65,8 @@ class Report:
             f"{len(self.converted)} layers converted, {len(self.skipped)} left alone",
             f"{self.bytes_before / 1e6:.1f} MB before, {self.bytes_after / 1e6:.1f} MB after",
         ]
-        return "\n".join(lines + [f"left alone: {n}: {why}" for n, why in self.skipped.items()])
+        lines += [f"left alone: {n}: {why}" for n, why in self.skipped.items()]
+        return "\n".join(lines + [f"slower than float: {n}: {why}" for n, why in self.slower.items()])
 
 
 def quantize_(
@@ -151,11 +155,18 @@ def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: 
     for layer, quantized in weights:
         _replace(layer, quantized)
     new = sum(stored_bytes(quantized) for _, quantized in weights)
-    return Report(plan, before, model_bytes(model).total, old, new)
+    slower = slower_than_float({layer.name: (scheme, layer.weight) for layer, scheme, _ in jobs})
+    return Report(plan, before, model_bytes(model).total, old, new, slower)
+
+
+def slower_than_float(made: Mapping[str, tuple[Scheme, torch.Tensor]]) -> dict[str, str]:
+    """What :meth:`ao_core.Scheme.slower` says of each layer, where it says something."""
+    reasons = {name: scheme.slower(weight) for name, (scheme, weight) in made.items()}
+    return {name: reason for name, reason in reasons.items() if reason is not None}
 
 
 def planned(
-    model: nn.Module, plan: Plan, known: Mapping[str, Scheme]
+    model: nn.Module, plan: Plan, known: Mapping[str, Scheme], *, values: bool = True
 ) -> list[tuple[Layer, Scheme, str | None]]:
     """Each layer that ``plan`` converts, with its scheme and provider; all of them can be converted.
 
@@ -163,6 +174,7 @@ def planned(
         model: what the plan is for.
         plan: the plan.
         known: schemes by text that need not be registered.
+        values: whether the weights must hold what the schemes ask for already; see ``Scheme.check``.
 
     Raises:
         PlanError, RejectedError: as for :func:`apply_`.
@@ -175,7 +187,7 @@ def planned(
         for name, c in work.items()
     ]
     for layer, scheme, _ in jobs:
-        _check_weight(layer, scheme)
+        _check_weight(layer, scheme, values=values)
     return jobs
 
 
@@ -193,11 +205,11 @@ def _check_layers(work: Iterable[str], layers: dict[str, Layer]) -> None:
         )
 
 
-def _check_weight(layer: Layer, scheme: Scheme) -> None:
+def _check_weight(layer: Layer, scheme: Scheme, *, values: bool) -> None:
     try:
         if reason := layer.rejects(scheme):
             raise RejectedError(f"{scheme} can't quantize this weight: {reason}.")
-        scheme.check(layer.matrix)
+        scheme.check(layer.matrix, values=values)
     except RejectedError as error:
         raise RejectedError(f"layer {layer.name!r}: {error} The model was not changed.") from error
 

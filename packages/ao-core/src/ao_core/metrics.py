@@ -90,16 +90,34 @@ def model_bytes(model: nn.Module) -> ModelBytes:
     """Count what ``model`` stores, see :class:`ModelBytes`."""
     everything, linears = _Ledger(), _Ledger()
     total = sum(everything.add(tensor) for tensor in (*model.parameters(), *model.buffers()))
-    owners = [module for module in model.modules() if not isinstance(module, nn.Linear)]
-    elsewhere = {id(p) for module in owners for p in module.parameters(recurse=False)}
-    weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
-    counted = [weight for key, weight in weights.items() if key not in elsewhere]
+    counted = _linear_weights(model)
     return ModelBytes(
         total=total,
         linear_weights=sum(linears.add(weight) for weight in counted),
         linear_elements=sum(weight.numel() for weight in counted),
         by_dtype=everything.by_dtype,
     )
+
+
+def _linear_weights(model: nn.Module) -> list[Tensor]:
+    """Weights of ``nn.Linear`` that no other kind of module owns too, each once."""
+    owners = [module for module in model.modules() if not isinstance(module, nn.Linear)]
+    elsewhere = {id(p) for module in owners for p in module.parameters(recurse=False)}
+    weights = {id(m.weight): m.weight for m in model.modules() if isinstance(m, nn.Linear)}
+    return [weight for key, weight in weights.items() if key not in elsewhere]
+
+
+def sparsity(model: nn.Module) -> float:
+    """The share of zeros among the weights of linears, quantized ones as they dequantize.
+
+    The weights are those of :attr:`ModelBytes.linear_weights`; NaN if there are none.
+    """
+    zeros = total = 0
+    for weight in _linear_weights(model):
+        values = weight.dequantize() if _is_wrapper(weight) else weight.detach()
+        zeros += weight.numel() - int(values.count_nonzero())
+        total += weight.numel()
+    return zeros / total if total else math.nan
 
 
 def _leaves(tensor: Tensor) -> Iterator[Tensor]:

@@ -77,6 +77,23 @@ class Scheme:
             return f"its shape is {tuple(weight.shape)}; a non-empty [..., N, K] is needed"
         return None
 
+    def rejects_values(self, weight: torch.Tensor) -> str | None:
+        """Why the values of ``weight`` can't be stored, or None: a scheme may need zeros in certain places.
+
+        Asked when the weight is about to be quantized, after :meth:`rejects`; algorithms may have changed
+        it until then.
+        """
+        return None
+
+    def slower(self, weight: torch.Tensor, *, rows: int | None = None) -> str | None:
+        """Why a linear with ``weight`` is expected to be slower than the float one where it lies, or None.
+
+        Args:
+            weight: float ``[..., N, K]`` or one that this scheme made; only metadata is looked at.
+            rows: of the activations; None for any number of them.
+        """
+        return None
+
     def choose_qparams(self, weight: torch.Tensor) -> QParams:
         """Parameters for ``weight`` ``[..., N, K]``; each ``[..., N, G]``."""
         raise NotImplementedError(f"{type(self).__name__} must define choose_qparams()")
@@ -131,13 +148,18 @@ class Scheme:
         qparams = self.choose_qparams(weight)
         return self.pack(self.encode(weight, qparams), qparams, dtype=weight.dtype)
 
-    def check(self, weight: torch.Tensor) -> None:
-        """Raise :class:`~ao_core.errors.RejectedError` unless ``weight`` can be quantized."""
+    def check(self, weight: torch.Tensor, *, values: bool = True) -> None:
+        """Raise :class:`~ao_core.errors.RejectedError` unless ``weight`` can be quantized.
+
+        Without ``values`` :meth:`rejects_values` is not asked: the weight is to be changed before.
+        """
         reason = Scheme.rejects(self, weight) or self.rejects(weight)
         # The bounds first: a mask of the whole weight would take half as much memory again.
         if reason is None and not all(torch.isfinite(bound) for bound in weight.detach().aminmax()):
             bad = int((~torch.isfinite(weight)).sum())
             reason = f"{bad} of its {weight.numel()} values are NaN or infinite"
+        if reason is None and values:
+            reason = self.rejects_values(weight.detach())
         if reason is not None:
             raise RejectedError(f"{self} can't quantize this weight: {reason}.")
 

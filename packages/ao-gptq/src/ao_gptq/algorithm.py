@@ -95,7 +95,10 @@ class Gptq(BlockAlgorithm):
             weights = {name: stage.weight(name) for name in names}
             for name, weight in weights.items():
                 stage.schemes[name].check(weight)  # type: ignore[union-attr]
-            jobs = jobs_of({name: (weights[name], hessians[name], stage.schemes[name]) for name in names})
+            zeros = {name: mask for name in names if (mask := stage.zeros(name)) is not None}
+            jobs = jobs_of(
+                {name: (weights[name], hessians[name], stage.schemes[name]) for name in names}, zeros
+            )
             for found in spread(jobs, partial(solve, settings=settings)):
                 self._put(stage, found, weights[found.name].dtype)
             del hessians, jobs

@@ -113,9 +113,17 @@ def rounded(
 
 
 def rounded_by_scheme(
-    span: torch.Tensor, upper: torch.Tensor, scheme: Scheme, qparams: QParams, groups: torch.Tensor
+    span: torch.Tensor,
+    upper: torch.Tensor,
+    scheme: Scheme,
+    qparams: QParams,
+    groups: torch.Tensor,
+    zeros: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The same by the scheme's own ``encode`` and ``decode``; ``qparams`` are ``[B, N, G]``."""
+    """The same by the scheme's own ``encode`` and ``decode``; ``qparams`` are ``[B, N, G]``.
+
+    Where ``zeros``, bool ``[B, N, C]``, is True, the code is that of 0.
+    """
     span = span.clone()
     errors, codes = torch.empty_like(span), []
     alone = len(span) == 1
@@ -130,7 +138,8 @@ def rounded_by_scheme(
                 name: value.gather(2, index.expand(-1, value.shape[1], 1)) for name, value in qparams.items()
             }
         value = span[..., i : i + 1]
-        code = scheme.encode(value, own)
+        kept = value if zeros is None else value.masked_fill(zeros[..., i : i + 1], 0)
+        code = scheme.encode(kept, own)
         codes.append(code)
         error = (value - scheme.decode(code, own)) / diagonal[:, i].view(-1, 1, 1)
         errors[..., i : i + 1] = error

@@ -40,6 +40,7 @@ def gptq(
     mse: bool = False,
     rows: Sequence[int] | None = None,
     dtype: torch.dtype | None = None,
+    zeros: torch.Tensor | None = None,
 ) -> Rounded:
     """Codes for ``weight`` whose outputs err little on the inputs that ``factors`` were made of.
 
@@ -56,12 +57,14 @@ def gptq(
         rows: where several weights lie below each other, how many belong to each: their parameters are
             chosen for each alone.
         dtype: that the scheme is to find parameters for; by default the weight's.
+        zeros: bool of the weight's shape: what was pruned stays zero, whatever errors are handed on.
     """
     stack = weight if weight.ndim == 3 else weight.unsqueeze(0)  # [B, N, K]
     made = [factors] if isinstance(factors, Factor) else list(factors)
-    found = _Loop(stack, made, scheme, mse, list(rows or [stack.shape[1]]), dtype or weight.dtype).run(
-        block_size, static_groups or not all(each.plain for each in made)
-    )
+    pruned = None if zeros is None else zeros.view(stack.shape)
+    found = _Loop(
+        stack, made, scheme, mse, list(rows or [stack.shape[1]]), dtype or weight.dtype, pruned
+    ).run(block_size, static_groups or not all(each.plain for each in made))
     if weight.ndim == 3:
         return found
     return Rounded(found.codes[0], {name: value[0] for name, value in found.qparams.items()})
@@ -78,6 +81,7 @@ class _Loop:
         mse: bool,
         rows: list[int],
         dtype: torch.dtype,
+        zeros: torch.Tensor | None,
     ) -> None:
         self.weight, self.scheme, self.rows, self.dtype = weight, scheme, rows, dtype
         self.columns = weight.shape[-1]
@@ -87,11 +91,16 @@ class _Loop:
         self.order = None if all(each.plain for each in factors) else order
         importance = torch.stack([each.importance for each in factors]).unsqueeze(1)  # [B, 1, K]
         self.importance = importance.sqrt() if mse else None
-        fast = column_ops.accelerated(weight.device)
+        fast = zeros is None and column_ops.accelerated(weight.device)
         self.levels = column_ops.levels_of(scheme) if fast else None
         self.table: tuple[QParams, torch.Tensor] | None = None
         wide = weight.to(torch.float32, copy=True)
         self.w = wide if self.order is None else wide.gather(2, self._wide(self.order, wide))
+        self.zeros = zeros
+        if zeros is not None:
+            self.weight = weight.masked_fill(zeros, 0)
+            if self.order is not None:
+                self.zeros = zeros.gather(2, self._wide(self.order, zeros))
 
     def run(self, block_size: int, static: bool) -> Rounded:
         """See :func:`gptq`."""
@@ -105,6 +114,8 @@ class _Loop:
                 if not static and first % self.size == 0:  # the group lies in this span, or starts with it
                     stop = min(first + self.size, self.columns)
                     group = span[..., inside] if stop <= end else self.w[..., first:stop]
+                    if self.zeros is not None:
+                        group = group.masked_fill(self.zeros[..., first:stop], 0)
                     chosen.append(self._choose(group, first, stop))
                 groups = self._groups(first, last, static)
                 found, errors[..., inside] = self._round(
@@ -112,6 +123,7 @@ class _Loop:
                     self.upper[:, first:last, first:last],
                     chosen[0 if static else -1],
                     groups,
+                    None if self.zeros is None else self.zeros[..., first:last],
                 )
                 codes.append(found)
                 if last < end:
@@ -147,11 +159,16 @@ class _Loop:
         return place // self.size
 
     def _round(
-        self, span: torch.Tensor, upper: torch.Tensor, qparams: QParams, groups: torch.Tensor
+        self,
+        span: torch.Tensor,
+        upper: torch.Tensor,
+        qparams: QParams,
+        groups: torch.Tensor,
+        zeros: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes ``[B, N, C]`` and errors float32 ``[B, N, C]`` of some columns; ``upper`` ``[B, C, C]``."""
         if self.levels is None:
-            return column_ops.rounded_by_scheme(span, upper, self.scheme, qparams, groups)
+            return column_ops.rounded_by_scheme(span, upper, self.scheme, qparams, groups, zeros)
         if self.table is None or self.table[0] is not qparams:
             self.table = (qparams, column_ops.table_of(self.scheme, qparams, self.levels))
         return column_ops.rounded(span, upper, self.table[1], groups, self.levels)

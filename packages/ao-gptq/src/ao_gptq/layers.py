@@ -40,11 +40,20 @@ class Job:
         scheme: of all of them.
         weights: name → ``[N, K]``, or of one stack ``[E, N, K]``.
         hessians: one, or E.
+        zeros: name → bool of the weight's shape, of those that were pruned.
     """
 
     scheme: Scheme
     hessians: Sequence[Hessian]
     weights: dict[str, torch.Tensor] = field(default_factory=dict)
+    zeros: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def pruned(self) -> torch.Tensor | None:
+        """Where the weights, below each other, stay zero; None where nothing was pruned."""
+        if not self.zeros:
+            return None
+        none = {name: torch.zeros_like(weight, dtype=torch.bool) for name, weight in self.weights.items()}
+        return torch.cat([self.zeros.get(name, none[name]) for name in self.weights])
 
     @property
     def cost(self) -> int:
@@ -64,13 +73,19 @@ class Found:
     facts: list[dict[str, Any]]
 
 
-def jobs_of(layers: Mapping[str, tuple[torch.Tensor, Sequence[Hessian], Scheme | None]]) -> list[Job]:
-    """Layers that share a Hessian and a scheme together, in their order."""
+def jobs_of(
+    layers: Mapping[str, tuple[torch.Tensor, Sequence[Hessian], Scheme | None]],
+    zeros: Mapping[str, torch.Tensor],
+) -> list[Job]:
+    """Layers that share a Hessian and a scheme together, in their order; ``zeros`` of the pruned ones."""
     jobs: dict[Any, Job] = {}
     for name, (weight, hessians, scheme) in layers.items():
         assert scheme is not None
         key = (id(hessians[0]), str(scheme), weight.dtype) if weight.ndim == 2 else name
-        jobs.setdefault(key, Job(scheme, hessians)).weights[name] = weight
+        job = jobs.setdefault(key, Job(scheme, hessians))
+        job.weights[name] = weight
+        if name in zeros:
+            job.zeros[name] = zeros[name]
     return list(jobs.values())
 
 
@@ -79,12 +94,14 @@ def solve(job: Job, settings: Settings) -> list[Found]:
     (first, *_) = job.weights.values()
     if first.ndim > 2:
         (name,) = job.weights
-        return [_experts(name, first, job.hessians, job.scheme, settings)]
+        return [_experts(name, first, job, settings)]
     hessian, rows = job.hessians[0], [weight.shape[0] for weight in job.weights.values()]
     weight = torch.cat(list(job.weights.values())) if len(rows) > 1 else first  # [N, K]
     if not hessian.tokens:
         return [_joined(name, each, [_nearest(each, job.scheme)]) for name, each in job.weights.items()]
-    found = _solved(weight.unsqueeze(0), [hessian], job.scheme, settings, rows)
+    pruned = job.pruned()
+    zeros = None if pruned is None else pruned.unsqueeze(0)
+    found = _solved(weight.unsqueeze(0), [hessian], job.scheme, settings, rows, zeros)
     return [
         _joined(name, each, [matrix]) for (name, each), matrix in zip(job.weights.items(), found, strict=True)
     ]
@@ -100,7 +117,12 @@ class _Matrix:
 
 
 def _solved(
-    stack: torch.Tensor, hessians: Sequence[Hessian], scheme: Scheme, settings: Settings, rows: list[int]
+    stack: torch.Tensor,
+    hessians: Sequence[Hessian],
+    scheme: Scheme,
+    settings: Settings,
+    rows: list[int],
+    zeros: torch.Tensor | None,
 ) -> list[_Matrix]:
     """Each of the ``rows`` of each matrix of ``[B, N, K]``, whose Hessians are given."""
     factors = [
@@ -116,7 +138,7 @@ def _solved(
         )
     solved = gptq(
         aims, factors, scheme, block_size=settings.block_size, static_groups=settings.static_groups,
-        mse=settings.mse, rows=rows, dtype=stack.dtype,
+        mse=settings.mse, rows=rows, dtype=stack.dtype, zeros=zeros,
     )  # fmt: skip
     return [
         _better(
@@ -169,11 +191,10 @@ def _nearest(weight: torch.Tensor, scheme: Scheme) -> _Matrix:
     return _Matrix(scheme.encode(weight, qparams), qparams, {"gptq": why})
 
 
-def _experts(
-    name: str, weight: torch.Tensor, hessians: Sequence[Hessian], scheme: Scheme, settings: Settings
-) -> Found:
+def _experts(name: str, weight: torch.Tensor, job: Job, settings: Settings) -> Found:
     """The matrices of a stack; those that saw few tokens on the Hessian of all of the stack's."""
-    flat = matrices(weight)
+    hessians, scheme, pruned = job.hessians, job.scheme, job.pruned()
+    flat, masks = matrices(weight), None if pruned is None else matrices(pruned)
     found: list[_Matrix | None] = [None] * len(flat)
     needed = min(settings.min_tokens, hessians[0].columns)
     few = [i for i, each in enumerate(hessians) if each.tokens < needed]
@@ -187,7 +208,9 @@ def _experts(
         part = todo[start : start + at_once]
         own = [shared if i in few and shared is not None else hessians[i] for i in part]
         stack = torch.stack([flat[i] for i in part])
-        for i, matrix in zip(part, _solved(stack, own, scheme, settings, [stack.shape[1]]), strict=True):
+        zeros = None if masks is None else torch.stack([masks[i] for i in part])
+        solved = _solved(stack, own, scheme, settings, [stack.shape[1]], zeros)
+        for i, matrix in zip(part, solved, strict=True):
             facts = {**matrix.facts, "tokens": hessians[i].tokens}
             if i in few:
                 facts["gptq"] = f"{facts['gptq']}, on the tokens of all experts: its own are too few"

@@ -31,13 +31,29 @@ class Many:
 
 
 @dataclass(frozen=True)
+class Specialized:
+    """Tiles of :func:`ao_kernels.device.warp_specialized.warp_specialized`.
+
+    ``bytes`` of codes, 32 to 128, become a slot of ``ring``; ``group_m`` tiles of rows run side by side.
+    """
+
+    block_m: int
+    block_n: int
+    bytes: int
+    ring: int
+    codes_ring: int
+    group_m: int
+    split_k: int
+
+
+@dataclass(frozen=True)
 class Decoded:
     """The weight is written out in floats, ``megabytes`` at a time, and multiplied by cuBLAS."""
 
     megabytes: int = 256
 
 
-Config = Few | Many | Decoded
+Config = Few | Many | Specialized | Decoded
 
 # Up to so many rows: tiles for wide outputs, where a tile a program fills the device, and for narrow ones.
 _Table = tuple[tuple[int, Config, Config], ...]
@@ -49,10 +65,10 @@ _INT4: _Table = (
     (4, Few(2, 32, 4, 2, 64, 4), Few(4, 16, 4, 2, 64, 4)),
     (8, Few(2, 32, 8, 2, 64, 4), Few(4, 16, 8, 2, 64, 4)),
     (16, Few(1, 32, 16, 2, 64, 4), Few(2, 16, 16, 2, 64, 3)),
-    (32, Few(1, 64, 32, 2, 64, 3), Many(64, 32, 4, 64, 3, 4)),
-    (64, Many(128, 64, 8, 64, 3, 1), Many(64, 64, 4, 64, 3, 4)),
-    (128, Many(128, 128, 8, 64, 3, 1), Many(64, 128, 4, 64, 3, 4)),
-    (256, Many(128, 128, 8, 64, 3, 1), Many(64, 128, 4, 64, 3, 2)),
+    (32, Few(1, 64, 32, 2, 64, 3), Many(64, 32, 4, 32, 3, 4)),
+    (64, Many(128, 64, 8, 32, 3, 2), Many(64, 64, 4, 32, 3, 4)),
+    (128, Many(128, 128, 8, 32, 3, 2), Many(64, 128, 4, 32, 3, 4)),
+    (256, Many(64, 256, 4, 32, 3, 1), Many(64, 256, 4, 32, 3, 4)),
 )
 _NF4: _Table = (
     (1, Few(8, 16, 1, 4, 32, 5), Few(8, 16, 1, 4, 32, 5)),
@@ -61,8 +77,8 @@ _NF4: _Table = (
     (8, Few(2, 32, 8, 2, 32, 4), Few(4, 16, 8, 2, 32, 4)),
     (16, Few(2, 32, 16, 2, 32, 5), Few(2, 16, 16, 2, 32, 5)),
     (32, Few(1, 64, 32, 2, 32, 3), Many(64, 32, 4, 32, 3, 4)),
-    (64, Many(128, 64, 8, 32, 3, 2), Many(64, 64, 4, 32, 3, 4)),
-    (128, Many(64, 128, 4, 32, 3, 1), Many(64, 128, 4, 32, 3, 4)),
+    (64, Many(64, 64, 4, 32, 3, 1), Many(64, 64, 4, 32, 3, 4)),
+    (128, Many(128, 128, 8, 32, 3, 2), Many(64, 128, 4, 32, 3, 4)),
 )
 _BYTES: _Table = (
     (1, Few(8, 8, 1, 4, 128, 3), Few(8, 8, 1, 4, 64, 4)),
@@ -70,23 +86,63 @@ _BYTES: _Table = (
     (4, Few(2, 32, 4, 2, 128, 3), Few(4, 16, 4, 2, 128, 3)),
     (8, Few(1, 32, 8, 2, 128, 4), Few(2, 16, 8, 2, 128, 4)),
     (16, Few(1, 32, 16, 2, 128, 4), Few(2, 16, 16, 2, 128, 4)),
-    (32, Many(64, 32, 4, 128, 3, 1), Many(64, 32, 4, 64, 3, 4)),
-    (64, Many(64, 64, 4, 128, 3, 1), Many(64, 64, 4, 64, 3, 4)),
-    (128, Many(64, 128, 4, 128, 3, 1), Many(64, 128, 4, 64, 3, 4)),
-    (256, Many(128, 128, 8, 64, 3, 1), Many(64, 128, 4, 128, 3, 1)),
+    (32, Many(64, 32, 4, 128, 4, 1), Many(64, 32, 4, 128, 3, 4)),
+    (64, Many(64, 64, 4, 128, 3, 1), Many(64, 64, 4, 128, 3, 4)),
+    (128, Many(64, 128, 4, 128, 3, 1), Many(64, 128, 4, 128, 3, 4)),
+    (512, Many(64, 256, 4, 64, 3, 1), Many(64, 256, 4, 64, 3, 2)),
 )
 _TABLES = {"int4": _INT4, "nf4": _NF4, "int8": _BYTES, "float8": _BYTES}
 
+# On Hopper, from so many rows on, up to so many. Above, where an output is wide, decoding first is faster.
+_HOPPER: dict[str, tuple[int, _Table]] = {
+    "int4": (
+        17,
+        (
+            (32, Few(1, 64, 32, 2, 64, 3), Specialized(64, 128, 128, 2, 2, 1, 4)),
+            (64, Specialized(64, 128, 128, 2, 2, 1, 1), Specialized(64, 128, 128, 2, 2, 1, 4)),
+            (128, Specialized(128, 128, 64, 3, 2, 1, 1), Specialized(128, 128, 64, 3, 2, 1, 4)),
+            (256, Specialized(256, 128, 32, 4, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
+            (512, Specialized(256, 128, 32, 4, 2, 8, 1), Specialized(256, 128, 32, 4, 2, 8, 2)),
+            (1024, Decoded(), Specialized(256, 128, 32, 4, 2, 8, 1)),
+        ),
+    ),
+    "nf4": (
+        17,
+        (
+            (32, Few(1, 64, 32, 2, 32, 3), Specialized(64, 128, 64, 4, 2, 1, 4)),
+            (64, Specialized(64, 128, 64, 4, 2, 1, 1), Specialized(64, 128, 64, 4, 2, 1, 4)),
+            (128, Specialized(128, 128, 64, 3, 2, 1, 1), Specialized(128, 128, 64, 3, 2, 1, 4)),
+            (256, Specialized(256, 128, 32, 4, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
+            (512, Specialized(256, 128, 32, 4, 2, 8, 1), Specialized(256, 128, 32, 4, 2, 8, 2)),
+        ),
+    ),
+    "int8": (
+        33,
+        (
+            (64, Specialized(64, 128, 128, 3, 3, 1, 1), Specialized(64, 128, 128, 3, 3, 1, 4)),
+            (128, Specialized(128, 128, 128, 3, 2, 1, 1), Specialized(128, 128, 128, 3, 2, 1, 4)),
+            (256, Specialized(256, 128, 64, 4, 2, 1, 1), Specialized(256, 128, 64, 4, 2, 1, 4)),
+            (512, Specialized(256, 128, 64, 4, 2, 8, 1), Specialized(256, 128, 64, 4, 2, 8, 2)),
+            (1024, Decoded(), Specialized(256, 128, 64, 4, 2, 8, 1)),
+        ),
+    ),
+}
+_HOPPER["float8"] = _HOPPER["int8"]
 
-def weight_config(kind: str, m: int, n: int) -> Config:
+
+def weight_config(kind: str, m: int, n: int, hopper: bool = False) -> Config:
     """For ``m`` rows of activations and ``n`` columns of the output.
 
     Args:
         kind: ``"int4"``, ``"nf4"``, ``"int8"`` or ``"float8"``.
         m: rows.
         n: columns of the output.
+        hopper: whether :class:`Specialized` can run.
     """
-    for most, wide, narrow in _TABLES[kind]:
+    table = _TABLES[kind]
+    if hopper and m >= _HOPPER[kind][0]:
+        table = _HOPPER[kind][1]
+    for most, wide, narrow in table:
         if m <= most:
             return wide if n >= _WIDE else narrow
     return Decoded()

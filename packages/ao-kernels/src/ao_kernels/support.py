@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import importlib.util
 import os
 from collections.abc import Callable
@@ -31,6 +32,18 @@ def providers() -> tuple[str, ...]:
 @functools.cache
 def _installed() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def hopper(device: torch.device) -> bool:
+    """Whether kernels can be specialized by warp: compute capability 9.0, and a Triton that has Gluon."""
+    if device.type != "cuda" or interpreting() or torch.cuda.get_device_capability(device) != (9, 0):
+        return False
+    try:
+        importlib.import_module("ao_kernels.device.warp_specialized")
+    except (ImportError, AttributeError):
+        return False
+    return True
 
 
 def rejects(

@@ -21,16 +21,16 @@ import torch
 from platformdirs import user_cache_path
 
 from ao_core import AoError
-from ao_kernels.configs import Decoded, Few, Gemm, Many
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized
 
-Tiles = Few | Many | Decoded | Gemm
+Tiles = Few | Many | Specialized | Decoded | Gemm
 
-KERNELS_VERSION = 1
+KERNELS_VERSION = 2
 """Of the kernels: tiles that were found for other kernels are not used."""
 
 MOST_ROWS = 8192
 _FORMAT = 1
-_CLASSES = {"few": Few, "many": Many, "decoded": Decoded, "gemm": Gemm}
+_CLASSES = {"few": Few, "many": Many, "specialized": Specialized, "decoded": Decoded, "gemm": Gemm}
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tiles (
     device TEXT, kernels INTEGER, triton TEXT, torch TEXT, kind TEXT, n INTEGER, k INTEGER, dtype TEXT,

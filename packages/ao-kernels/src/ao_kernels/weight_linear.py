@@ -14,13 +14,13 @@ import triton
 import triton.language as tl
 
 from ao_kernels import tiles
-from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, weight_config
+from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Specialized, weight_config
 from ao_kernels.device import decode
-from ao_kernels.device.activations import split_planes
+from ao_kernels.device.activations import order_columns
 from ao_kernels.device.dequantize import dequantize
 from ao_kernels.device.few_rows import few_rows
 from ao_kernels.device.many_rows import add_parts, many_rows
-from ao_kernels.support import interpreting
+from ao_kernels.support import hopper, interpreting
 
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
 
@@ -116,22 +116,42 @@ def weight_linear(
     rows = x.reshape(-1, k)
     out = x.new_empty(rows.shape[0], n)
     if rows.shape[0]:
-        config = config or _config(weight.kind, rows, n)
+        config = _runnable(config or _config(weight, rows), weight, rows)
         added = None if bias is None else bias.contiguous()
         with on_device(x.device):
             if isinstance(config, Few):
                 _few(rows, weight, added, out, config)
             elif isinstance(config, Many):
                 _many(rows, weight, added, out, config)
+            elif isinstance(config, Specialized):
+                _specialized(rows, weight, added, out, config)
             else:
                 _decoded(rows, weight, added, out, config)
     return out.view(*x.shape[:-1], n)
 
 
-def _config(kind: str, rows: torch.Tensor, n: int) -> Config:
+def _config(weight: Codes, rows: torch.Tensor) -> Config:
     """Tiles that were measured for this call, else those of the table."""
+    n, kind = weight.codes.shape[0], weight.kind
     found = tiles.find(kind, rows.shape[0], n, rows.shape[1], rows.dtype, rows.device)
-    return weight_config(kind, rows.shape[0], n) if found is None or isinstance(found, Gemm) else found
+    if found is None or isinstance(found, Gemm):
+        return weight_config(kind, rows.shape[0], n, hopper(rows.device))
+    return found
+
+
+def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
+    """``config``, or the table's where the copy engine can't read the activations or the codes."""
+    if not isinstance(config, Specialized):
+        return config
+    if hopper(rows.device) and _copyable(rows) and _copyable(weight.codes):
+        return config
+    return weight_config(weight.kind, rows.shape[0], weight.codes.shape[0])
+
+
+def _copyable(matrix: torch.Tensor) -> bool:
+    """Whether the copy engine reads it: rows that start at multiples of 16 bytes."""
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * matrix.element_size() % 16 == 0
+    return aligned and matrix.stride(1) == 1 and matrix.stride(0) >= matrix.shape[1]
 
 
 def on_device(device: torch.device) -> Any:
@@ -140,9 +160,14 @@ def on_device(device: torch.device) -> Any:
 
 
 @functools.cache
-def _nf4_table(device: torch.device) -> torch.Tensor:
+def _levels() -> torch.Tensor:
     with torch.inference_mode(mode=False):
-        return torch.tensor(decode.NF4_LEVELS, device=device)
+        return torch.tensor(decode.NF4_LEVELS)
+
+
+def _nf4_table(unused: torch.Tensor) -> torch.Tensor:
+    """The levels, for the interpreter; compiled kernels hold them, and nothing is allocated for them."""
+    return _levels() if interpreting() else unused
 
 
 def _sizes(weight: Codes, codes: torch.Tensor, scale: torch.Tensor) -> tuple[int, ...]:
@@ -159,7 +184,7 @@ def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.T
     size = weight.tile_bytes(config.bytes)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))
     few_rows[grid](
-        words, codes, *parameters, x if bias is None else bias, out, _nf4_table(x.device),
+        words, codes, *parameters, x if bias is None else bias, out, _nf4_table(out),
         m, n, width, words.stride(0), *_sizes(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None, SPLITS=config.splits, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages,
@@ -170,34 +195,65 @@ def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.T
 def _many(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Many) -> None:
     codes, *parameters = weight.pointers()
     (n, width), m = codes.shape, x.shape[0]
-    plane = 0
-    if weight.packed:
-        plane, source = m * width, x if x.stride(1) == 1 else x.contiguous()
-        x = x.new_empty(2 * m, width)
-        block = 1024
-        split_planes[(m, triton.cdiv(width, block))](
-            source, x, source.shape[1], width, source.stride(0), plane,
-            DTYPE=weight.constants(x.dtype)["DTYPE"], BLOCK=block,
-        )  # fmt: skip
-    else:
-        x = _rows(x)
     size = weight.tile_bytes(config.bytes)
+    x = _ordered(x, width, size, weight.constants(x.dtype)["DTYPE"]) if weight.packed else _rows(x)
     parts = config.split_k if width >= 2 * size * config.split_k else 1
     target = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.float32)
     given = x if bias is None else bias
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), parts)
     many_rows[grid](
-        x, codes, *parameters, given, target, _nf4_table(x.device),
-        m, n, width, x.stride(0), plane, *_sizes(weight, codes, parameters[0]),
+        x, codes, *parameters, given, target, _nf4_table(target),
+        m, n, width, x.stride(0), *_sizes(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None and parts == 1, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages, SPLIT_K=parts,
         WHOLE=width % size == 0 and n % config.block_n == 0, num_warps=config.warps,
     )  # fmt: skip
     if parts > 1:
-        block = 1024
-        add_parts[(triton.cdiv(m * n, block),)](
-            target, given, out, m * n, n, PARTS=parts, BIAS=bias is not None, BLOCK=block
-        )
+        _add_parts(target, bias, given, out)
+
+
+def _specialized(
+    x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Specialized
+) -> None:
+    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, uint8
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+    from ao_kernels.device.warp_specialized import warp_specialized
+
+    codes, *parameters = weight.pointers()
+    (n, width), m = codes.shape, x.shape[0]
+    columns = 2 * config.bytes if weight.packed else config.bytes
+    floats = bfloat16 if x.dtype == torch.bfloat16 else float16
+    x_tile, codes_tile = [config.block_m, columns], [config.block_n, 128]
+    x_layout = NVMMASharedLayout.get_default_for(x_tile, floats)
+    codes_layout = NVMMASharedLayout.get_default_for(codes_tile, uint8)
+    _, *sizes = _sizes(weight, codes, parameters[0])
+    tiles_k = triton.cdiv(width, 128)
+    parts = triton.cdiv(tiles_k, triton.cdiv(tiles_k, config.split_k))
+    target = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.float32)
+    given = x if bias is None else bias
+    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), parts)
+    constants = weight.constants(x.dtype)
+    del constants["INTERPRET"]
+    warp_specialized[grid](
+        TensorDescriptor.from_tensor(x, x_tile, x_layout),
+        TensorDescriptor.from_tensor(codes, codes_tile, codes_layout),
+        *parameters, given, target, m, n, width, *sizes,
+        **constants, BIAS=bias is not None and parts == 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
+        BYTES=config.bytes, SLICE=weight.tile_bytes(min(config.bytes, 32 if weight.packed else 64)),
+        RING=config.ring, CODES_RING=config.codes_ring, GROUP_M=config.group_m, num_warps=8,
+    )  # fmt: skip
+    if parts > 1:
+        _add_parts(target, bias, given, out)
+
+
+def _add_parts(
+    parts: torch.Tensor, bias: torch.Tensor | None, given: torch.Tensor, out: torch.Tensor
+) -> None:
+    block = 1024
+    add_parts[(triton.cdiv(out.numel(), block),)](
+        parts, given, out, out.numel(), out.shape[1], PARTS=parts.shape[0], BIAS=bias is not None, BLOCK=block
+    )
 
 
 def _decoded(
@@ -223,7 +279,7 @@ def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) ->
     out = own[0].new_empty(n, columns, dtype=dtype)
     size, block = weight.tile_bytes(64 if weight.packed else 128), 32
     dequantize[(triton.cdiv(n, block), triton.cdiv(width, size))](
-        codes, *own, out, _nf4_table(codes.device), columns, width, stride, groups, *rest,
+        codes, *own, out, _nf4_table(out), columns, width, stride, groups, *rest,
         **weight.constants(dtype), ROWS=block, BYTES=size, N=n,
     )  # fmt: skip
     return out
@@ -231,6 +287,17 @@ def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) ->
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def _ordered(x: torch.Tensor, width: int, size: int, dtype: Any) -> torch.Tensor:
+    """Columns as :func:`ao_kernels.device.activations.order_columns` says, for tiles of ``size`` bytes."""
+    x = _rows(x)
+    out = x.new_empty(x.shape[0], triton.cdiv(width, size) * 2 * size)
+    block = 1024
+    order_columns[(x.shape[0], triton.cdiv(out.shape[1], 2 * block))](
+        x, out, x.shape[1], x.stride(0), out.stride(0), BYTES=size, DTYPE=dtype, BLOCK=block
+    )
+    return out
 
 
 def _pairs(x: torch.Tensor) -> torch.Tensor:

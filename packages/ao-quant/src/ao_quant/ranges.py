@@ -85,16 +85,45 @@ def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     return (steps - zero.to(torch.float32)) * scale.to(torch.float32)
 
 
+def exact_zero(params: GroupParams, pruned: Tensor | None) -> GroupParams:
+    """Parameters of about the same range in which 0 is exact, where ``pruned`` ``[..., N, G]``.
+
+    The midpoint becomes -4, -2, -1, 0, 1, 2, 4 or 8 times the scale, whichever holds the range in the
+    smallest steps: powers of two, so that the product is exact in bfloat16 too. Integer zero points are exact
+    as they are.
+    """
+    if pruned is None or params.zero is None or not params.zero.is_floating_point():
+        return params
+    zero, scale = params.zero.float(), params.scale.float()
+    low, high = (zero - MIDDLE * scale).clamp_max_(0), (zero + (QMAX - MIDDLE) * scale).clamp_min_(0)
+    smallest, steps = torch.full_like(scale, torch.inf), torch.zeros_like(scale)
+    for power in (0, 1, -1, 2, -2, 4, -4, 8):
+        code = MIDDLE - power  # the one that stands for 0
+        below = -low / code if code else torch.where(low < 0, torch.inf, 0.0)
+        needed = torch.maximum(below, high / (QMAX - code))
+        steps = torch.where(needed < smallest, float(power), steps)
+        smallest = torch.minimum(smallest, needed)
+    scale = torch.where(pruned, smallest.clamp_min_(_TINY), scale).to(params.scale.dtype)
+    return GroupParams(scale, torch.where(pruned, (steps * scale.float()).to(scale.dtype), params.zero))
+
+
 def mse(
-    groups: Tensor, real: Tensor, zero_point: ZeroPoint, dtype: torch.dtype, *, steps: int = 24
+    groups: Tensor,
+    real: Tensor,
+    zero_point: ZeroPoint,
+    dtype: torch.dtype,
+    *,
+    steps: int = 24,
+    pruned: Tensor | None = None,
 ) -> GroupParams:
     """The range that leaves the least squared error, of ``steps`` ones down to half the full range.
 
     With a float midpoint the best is then refined by least squares: given the codes, scale and midpoint
     solve a regression; given these, the codes are the nearest; three times, kept where it is better.
+    ``pruned``: see :func:`exact_zero`, which then holds for every candidate.
     """
     low, high = groups.amin(-1), groups.amax(-1)
-    best = minmax(low, high, zero_point, dtype)
+    best = exact_zero(minmax(low, high, zero_point, dtype), pruned)
     least = _squared_error(groups, real, best)
     for step in range(1, steps):
         cut = 0.5 * step / steps
@@ -102,10 +131,12 @@ def mse(
             narrower = ((high - low) * (cut / 2) + low, high - (high - low) * (cut / 2))
         else:
             narrower = (low * (1 - cut), high * (1 - cut))
-        best, least = _better(groups, real, minmax(*narrower, zero_point, dtype), best, least)
+        trial = exact_zero(minmax(*narrower, zero_point, dtype), pruned)
+        best, least = _better(groups, real, trial, best, least)
     if zero_point == "float":
         for _ in range(3):
-            best, least = _better(groups, real, _regression(groups, real, best), best, least)
+            trial = exact_zero(_regression(groups, real, best), pruned)
+            best, least = _better(groups, real, trial, best, least)
     return best
 
 
@@ -201,6 +232,8 @@ def _regression(groups: Tensor, real: Tensor, params: GroupParams) -> GroupParam
 def choose(weight: Tensor, *, group_size: int, zero_point: ZeroPoint, method: Method) -> GroupParams:
     """Parameters of each group of ``weight`` ``[..., N, K]`` by ``method``; ``hqq`` has a float midpoint.
 
+    In a group that holds zeros, as pruned weights do, 0 stays exact.
+
     Args:
         weight: float, ``[..., N, K]``.
         group_size: columns to a group, the last may be shorter; -1 for the whole row.
@@ -209,16 +242,20 @@ def choose(weight: Tensor, *, group_size: int, zero_point: ZeroPoint, method: Me
     """
     groups, real = grouped(weight, group_size)
     dtype = torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
+    pruned = ((groups == 0) & real).any(-1) if zero_point == "float" else None
     if method == "minmax":
-        return minmax(groups.amin(-1), groups.amax(-1), zero_point, dtype)
+        return exact_zero(minmax(groups.amin(-1), groups.amax(-1), zero_point, dtype), pruned)
     flat = groups.flatten(0, -3)  # [rows, G, g]
     # Both methods go over a group again and again: on a CPU it should stay in the cache.
     at_once = (
         max(_IN_CACHE // (flat.shape[1] * flat.shape[2]), 1) if weight.device.type == "cpu" else len(flat)
     )
+    masks = [None] * len(flat) if pruned is None else pruned.flatten(0, -2).split(at_once)
     parts = [
-        mse(part, real, zero_point, dtype) if method == "mse" else hqq(part, real, dtype)
-        for part in flat.split(at_once)
+        mse(part, real, zero_point, dtype, pruned=mask)
+        if method == "mse"
+        else exact_zero(hqq(part, real, dtype), mask)
+        for part, mask in zip(flat.split(at_once), masks, strict=False)
     ]
     shape = groups.shape[:-1]
     zeros = [part.zero for part in parts if part.zero is not None]

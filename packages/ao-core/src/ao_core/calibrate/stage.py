@@ -15,7 +15,7 @@ from ao_core.calibrate.collectors import Collector, PairedHessian
 from ao_core.calibrate.observer import Observer
 from ao_core.calibrate.placement import Journal
 from ao_core.calibrate.trace import Trace, follow, follow_all, place
-from ao_core.errors import ModelError
+from ao_core.errors import ModelError, RejectedError
 from ao_core.layers import Layer
 from ao_core.scheme import Scheme
 from ao_core.tensor import InputScaledTensor, QuantizedTensor
@@ -69,6 +69,7 @@ class Stage:
         self.notes: dict[str, dict[str, Any]] = {name: {} for name in layers}
         self._layers, self._inputs, self._journal, self._owners = layers, inputs, journal, owners
         self._scales: dict[str, torch.Tensor] = {}
+        self._zeros: dict[str, torch.Tensor] = {}
         self._floats: dict[str, nn.Parameter] = {}
 
     @property
@@ -185,6 +186,7 @@ class Stage:
     def replace(self, name: str, weight: torch.Tensor) -> None:
         """Give a layer another :meth:`weight`: quantized, which finishes it, or float."""
         layer, scale = self._layers[name], self._scales.get(name)
+        self._check_zeros(name, weight)
         if scale is not None and isinstance(weight, QuantizedTensor):
             weight = _input_scaled(weight, scale)
         elif scale is not None:
@@ -195,6 +197,19 @@ class Stage:
             self._floats[name] = cast("nn.Parameter", layer.weight)
         for module, attribute in layer.owners:
             self._journal.exchange(module, attribute, parameter)
+
+    def fix_zeros(self, name: str, zeros: torch.Tensor) -> None:
+        """Let the weights of a layer that are pruned stay zero, whatever else is done to it.
+
+        Args:
+            name: of the layer, whose weight is zero there already.
+            zeros: bool ``[..., N, K]``, True where a weight is pruned.
+        """
+        self._zeros[name] = zeros
+
+    def zeros(self, name: str) -> torch.Tensor | None:
+        """Where an algorithm has fixed weights of a layer at zero: bool ``[..., N, K]``, or None."""
+        return self._zeros.get(name)
 
     def scale_input(self, name: str, scale: torch.Tensor) -> None:
         """Let a layer's input be multiplied by ``scale`` ``[K]`` (positive), and its weight be divided.
@@ -233,13 +248,31 @@ class Stage:
     def finish(self) -> None:
         """Quantize what is still in float with the plan's scheme, where it has one."""
         for name, layer in self._layers.items():
+            if name in self._zeros:
+                self.note(name, sparsity=_share(self._zeros[name]))
             scheme, provider = self.schemes[name], self.providers.get(name)
             if scheme is None or isinstance(layer.weight, QuantizedTensor):
                 continue
-            if layer.kind in ("linear", "experts"):
-                self.replace(name, scheme.quantize(self.weight(name), provider=provider))
-            else:
-                self.replace(name, layer.quantize(scheme, provider=provider))
+            try:
+                if layer.kind in ("linear", "experts"):
+                    self.replace(name, scheme.quantize(self.weight(name), provider=provider))
+                else:
+                    self.replace(name, layer.quantize(scheme, provider=provider))
+            except RejectedError as error:
+                raise RejectedError(f"layer {name!r}: {error} The model was not changed.") from error
+
+    def _check_zeros(self, name: str, weight: torch.Tensor) -> None:
+        """Raise RejectedError if pruned weights would come back."""
+        zeros = self._zeros.get(name)
+        if zeros is None:
+            return
+        values = weight.dequantize() if isinstance(weight, QuantizedTensor) else weight
+        if back := int(values.masked_select(zeros).count_nonzero()):
+            raise RejectedError(
+                f"{back} of its {int(zeros.sum())} pruned weights are not zero any more in {name!r} "
+                f"({getattr(weight, 'scheme', 'float')}). Use a scheme that stores 0 exactly, such as "
+                "int4-weight-only or int8-weight-only."
+            )
 
     def _made(
         self, make: Callable[[int, torch.device], C], names: Iterable[str] | None
@@ -322,6 +355,10 @@ class Stage:
 def matrices(weight: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """The matrices ``[N, K]`` of a weight ``[..., N, K]``: itself, or one for each expert."""
     return weight.reshape(-1, *weight.shape[-2:]).unbind(0)
+
+
+def _share(zeros: torch.Tensor) -> float:
+    return float(zeros.sum()) / zeros.numel()
 
 
 def _input_scaled(weight: QuantizedTensor, scale: torch.Tensor) -> InputScaledTensor:

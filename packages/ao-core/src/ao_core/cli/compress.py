@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,10 +12,12 @@ import typer
 from ao_core.cli import output
 from ao_core.cli.listing import Json
 from ao_core.cli.modelling import Device, Dtype, Model, Verbose, parse_device, parse_dtype, show_report
+from ao_core.errors import OptionError
 
 if TYPE_CHECKING:
     import torch
 
+    from ao_core.algorithm import Algorithm
     from ao_core.compress import CompressReport
 
 
@@ -31,6 +34,13 @@ def compress(
     out: Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to save.")],
     scheme: Annotated[
         str | None, typer.Option(metavar="S", help="NAME or NAME:OPTION=VALUE,...; see 'ao schemes'.")
+    ] = None,
+    sparsity: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Share of weights to zero, for those that prune.")
+    ] = None,
+    pattern: Annotated[
+        str | None,
+        typer.Option(metavar="N:M", help="Keep N of M neighbouring weights, for those that prune."),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Windows of text to calibrate on, at most.")] = 128,
     context: Annotated[int, typer.Option(min=1, help="Tokens in a window.")] = 512,
@@ -59,15 +69,17 @@ def compress(
     output.show_log(verbose)
     from ao_core.calibrate import processes
 
+    made = parse_algorithms(algorithm, sparsity=sparsity, pattern=pattern)
     with processes.started(parse_device(device)) as where:
         _compress(
-            model, algorithm, calibration, out, scheme, samples, context, packed, column, tokenizer, resume,
-            include, exclude, parse_dtype(dtype), where, json,
+            model, made, algorithm, calibration, out, scheme, samples, context, packed, column, tokenizer,
+            resume, include, exclude, parse_dtype(dtype), where, json,
         )  # fmt: skip
 
 
 def _compress(
     model: str,
+    made: list[Algorithm],
     algorithm: list[str],
     calibration: str,
     out: Path,
@@ -85,16 +97,15 @@ def _compress(
     json: bool,
 ) -> None:
     """In each of the processes that take part; the first one speaks and saves."""
-    from ao_core.algorithm import parse_algorithm
     from ao_core.calibrate import SentencePiece, processes, read_texts, tokenized
     from ao_core.checkpoint import save
     from ao_core.compress import compress_
+    from ao_core.metrics import sparsity as zeros_of
     from ao_core.models import load_model
     from ao_core.scheme import parse_scheme
     from ao_core.shards import check_target
 
     first = processes.rank() == 0
-    made = [parse_algorithm(text) for text in algorithm]
     wanted = None if scheme is None else parse_scheme(scheme)
     check_target(out)
     texts = read_texts(calibration, column=column)
@@ -126,13 +137,41 @@ def _compress(
     save(loaded.model, out, plan=report.plan, tokenizer=loaded.tokenizer)
     if resume is not None:
         shutil.rmtree(resume)
+    zeros = zeros_of(loaded.model)
     if json:
-        output.as_json(_data(algorithm, scheme, batches, context, out, report))
+        output.as_json({**_data(algorithm, scheme, batches, context, out, report), "sparsity": zeros})
         return
     show_report(report, " + ".join([*algorithm, *([scheme] if scheme else [])]), out)
+    if zeros >= 0.01:
+        output.say(f"{100 * zeros:.1f}% of the linears' weights are zero")
     output.say(f"calibrated {report.walk} on {len(batches)} windows of {context} tokens")
     for line in _exceptions(report):
         output.say(line)
+
+
+def parse_algorithms(texts: list[str], **options: Any) -> list[Algorithm]:
+    """The algorithms that ``texts`` name, each with those of ``options`` that are not None and that it has.
+
+    Raises:
+        OptionError: none of them has an option that is given; or as :func:`ao_core.parse_algorithm`.
+    """
+    from ao_core.algorithm import ALGORITHMS, parse_algorithm
+    from ao_core.scheme import split_text
+
+    given = {name: value for name, value in options.items() if value is not None}
+    known: list[set[str]] = [
+        {field.name for field in fields(kind)} if is_dataclass(kind) else set()
+        for kind in (ALGORITHMS.get(split_text(text)[0]) for text in texts)
+    ]
+    if idle := [name for name in given if not any(name in names for names in known)]:
+        raise OptionError(
+            f"--{idle[0]} was given, and none of {', '.join(texts)} has an option {idle[0]}. Leave it "
+            "out, or add an algorithm that prunes, such as --algorithm wanda."
+        )
+    return [
+        parse_algorithm(text, **{name: value for name, value in given.items() if name in names})
+        for text, names in zip(texts, known, strict=True)
+    ]
 
 
 def _exceptions(report: CompressReport) -> list[str]:

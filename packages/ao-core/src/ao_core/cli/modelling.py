@@ -72,7 +72,7 @@ def evaluate(
     verbose: Verbose = False,
     json: Json = False,
 ) -> None:
-    """Measure MODEL: perplexity with its standard error, tokens a second, bytes."""
+    """Measure MODEL: perplexity with its standard error, tokens a second, bytes, share of zeros."""
     output.show_log(verbose)
     from ao_core import metrics
     from ao_core.models import load_model, tokenize_file
@@ -101,6 +101,7 @@ def evaluate(
         "prefill_tokens_per_s": timing.prefill_tokens_per_s if timing else None,
         "decode_tokens_per_s": timing.decode_tokens_per_s if timing else None,
         "bytes": metrics.model_bytes(loaded.model).total,
+        "sparsity": metrics.sparsity(loaded.model),
     }
     if json:
         output.as_json(result)
@@ -153,12 +154,13 @@ def show_report(report: Any, scheme: str, out: Path) -> None:
         ["saved to", out],
     ]
     output.table(f"{scheme}", ("", ""), rows)
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in report.skipped.items():
-        by_reason.setdefault(reason, []).append(name)
-    if by_reason:
-        rows = [[len(names), _some(names), reason] for reason, names in by_reason.items()]
-        output.table("\nleft alone (--json names every layer)", ("", "layers", "why"), rows)
+    for title, reasons in (("left alone", report.skipped), ("slower than float", report.slower)):
+        by_reason: dict[str, list[str]] = {}
+        for name, reason in reasons.items():
+            by_reason.setdefault(reason, []).append(name)
+        if by_reason:
+            rows = [[len(names), _some(names), reason] for reason, names in by_reason.items()]
+            output.table(f"\n{title} (--json names every layer)", ("", "layers", "why"), rows)
 
 
 def _some(names: list[str]) -> str:
@@ -171,6 +173,7 @@ def _show_evaluation(result: dict[str, Any]) -> None:
         ["NLL per token", f"{result['nll']:.5f} ± {result['nll_se']:.5f}"],
         ["tokens scored", result["tokens"]],
         ["stored, MB", output.megabytes(result["bytes"])],
+        ["zeros in linears", f"{100 * result['sparsity']:.1f}%"],
     ]
     rows += [
         [f"{kind}, tokens/s", f"{result[f'{kind}_tokens_per_s']:.1f}"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ from ao_core.ops import OPS
 from ao_core.scheme import Scheme, parse_scheme
 from ao_core.testing.kernels import KERNEL_CHECKS, kernels_of
 from ao_core.testing.storage import STORAGE_CHECKS
-from ao_core.testing.values import VALUE_CHECKS
+from ao_core.testing.values import VALUE_CHECKS, fitting
 
 Case = tuple[str, str, Callable[[], None]]
 Decorator = Callable[[Callable[..., Any]], Callable[..., Any]]
@@ -24,19 +25,23 @@ def devices() -> list[torch.device]:
 
 
 def parametrize_scheme_checks(
-    *schemes: str | Scheme, expected_failures: Mapping[str, str] | None = None
+    *schemes: str | Scheme,
+    expected_failures: Mapping[str, str] | None = None,
+    fit: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> Decorator:
     """Run a test once for every scheme, check and device, with a ``check`` to call.
 
     Args:
         *schemes: names or texts such as ``"int8-weight-only:group_size=64"``, or schemes.
         expected_failures: check name → why it fails. Strict: passing all the same is a failure.
+        fit: what to do to random weights ``[..., N, K]`` before they are quantized, for schemes that refuse
+            some values.
     """
     cases: list[Case] = [
         (
             f"{scheme}-{check.__name__}-{device}",
             check.__name__,
-            partial(check, parse_scheme(scheme), device),
+            partial(_fitted, fit, check, parse_scheme(scheme), device),
         )
         for scheme in schemes
         for check in (*VALUE_CHECKS, *STORAGE_CHECKS)
@@ -69,6 +74,16 @@ def parametrize_kernel_checks(*ops: str, expected_failures: Mapping[str, str] | 
         for name, check in KERNEL_CHECKS.items()
     ]
     return _parametrize(cases, set(KERNEL_CHECKS), expected_failures)
+
+
+def _fitted(
+    fit: Callable[[torch.Tensor], torch.Tensor] | None,
+    check: Callable[[Scheme, torch.device], None],
+    scheme: Scheme,
+    device: torch.device,
+) -> None:
+    with fitting(fit) if fit is not None else nullcontext():
+        check(scheme, device)
 
 
 def _runs_on(op: Any, kernel: Any) -> Iterator[torch.device]:

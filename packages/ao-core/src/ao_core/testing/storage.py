@@ -19,7 +19,7 @@ from ao_core.metrics import stored_bytes
 from ao_core.plan import Choice, Plan
 from ao_core.scheme import SCHEMES, Scheme, parse_scheme
 from ao_core.tensor import QuantizedTensor
-from ao_core.testing.values import gaussian
+from ao_core.testing.values import fitted, gaussian
 
 
 def assert_same(first: torch.Tensor, second: torch.Tensor) -> None:
@@ -124,6 +124,7 @@ def check_state_dict(scheme: Scheme, device: torch.device) -> None:
 def check_safetensors(scheme: Scheme, device: torch.device) -> None:
     """``ao_core.save`` and ``ao_core.load`` give the same tensors and the same results."""
     model: Any = nn.Sequential(nn.Linear(100, 17)).to(device)
+    model[0].weight.data = fitted(model[0].weight.detach())
     apply_(model, Plan({"0": Choice(str(scheme))}))
     with tempfile.TemporaryDirectory() as folder:
         save(model, Path(folder) / "saved")

@@ -1,4 +1,4 @@
-"""Activations as the matrix kernels want them: in two planes, or quantized to int8, one pass each."""
+"""Activations as the matrix kernels want them: in the order of decoded columns, or in int8."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ import triton.language as tl
 
 
 @triton.jit
-def split_planes(x_ptr, out_ptr, K, width, x_stride, plane_stride, DTYPE: tl.constexpr, BLOCK: tl.constexpr):
-    """``x [M, K]`` to its even columns and, ``plane_stride`` on, the odd ones: ``[M, width]`` each."""
+def order_columns(
+    x_ptr, out_ptr, K, x_stride, out_stride, BYTES: tl.constexpr, DTYPE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """``x [M, K]`` as ``[M, out_stride]``: of every ``2 * BYTES`` columns first the even, then the odd.
+
+    That is the order of weights, two to a byte, decoded ``BYTES`` at a time. Columns from K on are zero.
+    """
     row = tl.program_id(0).to(tl.int64)
-    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    source = x_ptr + row * x_stride + 2 * column
-    even = tl.load(source, mask=2 * column < K, other=0)
-    odd = tl.load(source + 1, mask=2 * column + 1 < K, other=0)
-    target = out_ptr + row * width + column
-    tl.store(target, even.to(DTYPE), mask=column < width)
-    tl.store(target + plane_stride, odd.to(DTYPE), mask=column < width)
+    byte = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    source = x_ptr + row * x_stride + 2 * byte
+    even = tl.load(source, mask=2 * byte < K, other=0)
+    odd = tl.load(source + 1, mask=2 * byte + 1 < K, other=0)
+    target = out_ptr + row * out_stride + byte // BYTES * (2 * BYTES) + byte % BYTES
+    tl.store(target, even.to(DTYPE), mask=2 * byte < out_stride)
+    tl.store(target + BYTES, odd.to(DTYPE), mask=2 * byte < out_stride)
 
 
 @triton.jit

@@ -39,33 +39,57 @@ def add_parts(
 
 
 @triton.jit
+def _halves(low, high, ROWS: tl.constexpr, BYTES: tl.constexpr):
+    """``[ROWS, 2 * BYTES]``: ``low`` and, beside it, ``high``. No value changes threads."""
+    return tl.join(low, high).permute(0, 2, 1).reshape(ROWS, 2 * BYTES)
+
+
+@triton.jit
+def settled(acc, INTERPRET: tl.constexpr):
+    """``acc``, once products have ended.
+
+    Triton lets Hopper's products run on into the next iteration, and does not keep that one from decoding
+    into the registers that they still read. It waits for a value that anything but a product reads.
+    """
+    if not INTERPRET:
+        acc = tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [acc], tl.float32, is_pure=True, pack=1)
+    return acc
+
+
+@triton.jit
 def many_rows(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
-    M, N, width, x_stride, plane_stride, codes_stride, groups, scalers, scaler_size,
+    M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
     KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BYTES: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SPLIT_K: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
 
+    Scales are read in the iteration that needs them: carried over from the one before, they would keep
+    weights from being read in the layout of the tensor cores' operand.
+
     Args:
-        x_ptr: activations ``[M, width]``; for codes of four bits those of even columns, and ``plane_stride``
-            further on those of odd ones.
+        x_ptr: activations ``[M, x_stride]``; for codes of four bits in the order of
+            :func:`ao_kernels.device.activations.order_columns`.
         codes_ptr: bytes ``[N, width]``.
         GROUP: bytes to a scale, a multiple of ``BYTES``; 0: one for the row.
         SPLIT_K: programs that share a row; ``out`` is then ``[SPLIT_K, M, N]``, for :func:`add_parts`.
         WHOLE: whether ``width`` is a multiple of ``BYTES`` and N one of ``BLOCK_N``.
     """
+    PACKED: tl.constexpr = KIND == INT4 or KIND == NF4
+    COLUMNS: tl.constexpr = 2 * BYTES if PACKED else BYTES
     tile_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     tile_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     byte = tl.arange(0, BYTES)
+    column = tl.arange(0, COLUMNS)
     n = tile_n
     if not WHOLE:
         n = tl.minimum(n, N - 1)
     m = tl.minimum(tile_m, M - 1)
     long_n = n.to(tl.int64)
     code_ptrs = codes_ptr + (long_n * codes_stride)[:, None] + byte[None, :]
-    x_ptrs = x_ptr + (m.to(tl.int64) * x_stride)[None, :] + byte[:, None]
+    x_ptrs = x_ptr + (m.to(tl.int64) * x_stride)[None, :] + column[:, None]
     scale_ptrs = scale_ptr + long_n * groups
     zero_ptrs = zero_ptr + long_n * groups
     offset_ptrs = offset_ptr + long_n * scalers
@@ -75,64 +99,49 @@ def many_rows(
     first = tl.program_id(2) * share
     last = tl.minimum(first + share, width)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    if KIND == INT4 or KIND == NF4:
-        # Sums of their own for odd columns: the compiler makes both products run beside the decoding.
-        acc_odd = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-    raw = load_scales(
-        scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, start + first, groups, scaler_size, ZERO, CODED, GROUP
-    )
     for at in tl.range(first, last, BYTES, num_stages=STAGES):
         if WHOLE:
             codes = tl.load(code_ptrs + at)
-            x = tl.load(x_ptrs + at)
-            odd = x
-            if KIND == INT4 or KIND == NF4:
-                odd = tl.load(x_ptrs + plane_stride + at)
         else:
             codes = tl.load(code_ptrs + at, mask=(at + byte < width)[None, :], other=0)
-            x = tl.load(x_ptrs + at, mask=(at + byte < width)[:, None], other=0)
-            odd = x
-            if KIND == INT4 or KIND == NF4:
-                odd = tl.load(x_ptrs + plane_stride + at, mask=(at + byte < width)[:, None], other=0)
-        if GROUP > 0:
-            now = raw
-            raw = load_scales(
-                scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, tl.minimum(start + at + BYTES, width - 1),
-                groups, scaler_size, ZERO, CODED, GROUP,
-            )  # fmt: skip
-            scale = scale_of(now, CODED)
+        if WHOLE or PACKED:
+            x = tl.load(x_ptrs + at * (COLUMNS // BYTES))
         else:
-            now = raw
+            x = tl.load(x_ptrs + at, mask=(at + byte < width)[:, None], other=0)
+        raw = load_scales(
+            scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, start + at, groups, scaler_size, ZERO, CODED, GROUP
+        )
+        if GROUP > 0:
+            scale = scale_of(raw, CODED)
+        else:
             scale = tl.full((BLOCK_N,), 1.0, tl.float32)
         if KIND == INT4:
             middle = tl.full((BLOCK_N,), 8.0, tl.float32)
             midpoint = tl.zeros((BLOCK_N,), tl.float32)
             if ZERO == 1:
-                midpoint = now[1].to(tl.float32)
+                midpoint = raw[1].to(tl.float32)
             elif ZERO == 2:
-                middle = now[1].to(tl.float32)
+                middle = raw[1].to(tl.float32)
             if ZERO == 1 and GROUP == 0:
-                scale = scale_of(now, CODED)
+                scale = scale_of(raw, CODED)
             low, high = scaled_nibbles(
                 codes, middle[:, None], scale[:, None], midpoint[:, None], DTYPE, INTERPRET
             )
-            acc += dot(low, x, INTERPRET)
-            acc_odd += dot(high, odd, INTERPRET)
+            weights = _halves(low, high, BLOCK_N, BYTES)
         elif KIND == NF4:
             low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
-            acc += dot(times(low, scale, DTYPE, INTERPRET), x, INTERPRET)
-            acc_odd += dot(times(high, scale, DTYPE, INTERPRET), odd, INTERPRET)
+            weights = _halves(low, high, BLOCK_N, BYTES)
+        elif KIND == INT8:
+            weights = integers(codes, DTYPE, INTERPRET)
         else:
-            if KIND == INT8:
-                weights = integers(codes, DTYPE, INTERPRET)
-            else:
-                weights = float8_values(codes, DTYPE, INTERPRET)
-            if GROUP > 0:
-                weights = times(weights, scale, DTYPE, INTERPRET)
-            acc += dot(weights, x, INTERPRET)
-    if KIND == INT4 or KIND == NF4:
-        acc += acc_odd
+            weights = float8_values(codes, DTYPE, INTERPRET)
+        if KIND != INT4 and GROUP > 0:
+            weights = times(weights, scale, DTYPE, INTERPRET)
+        acc = settled(acc + dot(weights, x, INTERPRET), INTERPRET)
     if GROUP == 0 and not (KIND == INT4 and ZERO == 1):
+        raw = load_scales(
+            scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, start, groups, scaler_size, ZERO, CODED, GROUP
+        )
         acc *= scale_of(raw, CODED)[:, None]
     if BIAS:
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]

@@ -1,0 +1,219 @@
+"""Tokens a second of a Llama-3-8B-shaped model with random weights, one sequence, compiled; run by hand.
+
+    python tests/benchmarks/llama_decode.py docs/results/h100-llama.json [--peers] [SCHEME ...]
+
+Each scheme quantizes a copy of the same model; the step is compiled whole, with CUDA graphs. Before timing,
+the compiled step is checked against the same step with the weights dequantized, in eager mode.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.metadata
+import json
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import ao_core as ao
+
+HIDDEN, HEADS, KV_HEADS, MIDDLE, LAYERS, VOCABULARY = 4096, 32, 8, 14336, 32, 128256
+SCHEMES = ("int4-weight-only:group_size=128", "nf4", "int8-weight-only", "float8-weight-only", "int8-dynamic")
+TORCHAO = {"torchao int4": "Int4WeightOnlyConfig", "torchao int8": "Int8WeightOnlyConfig"}
+CONTEXT, TOKENS = 512, 128
+LEAST = 20  # dB of the logits against dequantized weights: 32 layers of 16-bit activations
+
+
+class Block(nn.Module):
+    """Attention over a cache of keys and values, and a gated MLP."""
+
+    def __init__(self, hidden: int, heads: int, kv_heads: int, middle: int, context: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size = heads, kv_heads, hidden // heads
+        wide = kv_heads * self.size
+        for name, n, k in (
+            ("q", hidden, hidden), ("k", wide, hidden), ("v", wide, hidden), ("o", hidden, hidden),
+            ("gate", middle, hidden), ("up", middle, hidden), ("down", hidden, middle),
+        ):  # fmt: skip
+            setattr(self, name, nn.Linear(k, n, bias=False))
+        self.norms = nn.ParameterList([torch.ones(hidden), torch.ones(hidden)])
+        for name in ("keys", "values"):
+            self.register_buffer(name, torch.zeros(1, kv_heads, context, self.size))
+
+    def forward(self, x, at, cosine, sine, mask):
+        y = F.rms_norm(x, x.shape[-1:], self.norms[0], 1e-5)
+        q, k, v = (layer(y).view(1, 1, -1, self.size).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k = rotated(q, cosine, sine), rotated(k, cosine, sine)
+        self.keys.index_copy_(2, at, k)
+        self.values.index_copy_(2, at, v)
+        y = F.scaled_dot_product_attention(q, self.keys, self.values, attn_mask=mask, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).reshape(1, 1, -1))
+        y = F.rms_norm(x, x.shape[-1:], self.norms[1], 1e-5)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+def rotated(x, cosine, sine):
+    first, second = x.chunk(2, -1)
+    return x * cosine + torch.cat((-second, first), -1) * sine
+
+
+class Llama(nn.Module):
+    """One step of decoding: the token at a position to the next one's logits ``[1, V]``."""
+
+    def __init__(self, layers=LAYERS, hidden=HIDDEN, heads=HEADS, kv_heads=KV_HEADS, middle=MIDDLE, context=CONTEXT, vocabulary=VOCABULARY):  # fmt: skip  # noqa: E501
+        super().__init__()
+        self.context, self.size = context, hidden // heads
+        self.embedding = nn.Embedding(vocabulary, hidden)
+        self.blocks = nn.ModuleList(Block(hidden, heads, kv_heads, middle, context) for _ in range(layers))
+        self.norm = nn.Parameter(torch.ones(hidden))
+        self.head = nn.Linear(hidden, vocabulary, bias=False)
+
+    def forward(self, token, at):
+        x = self.embedding(token)[None]
+        half = torch.arange(0, self.size, 2, device=at.device) / self.size
+        angle = (at * 500000.0**-half).repeat(2)
+        cosine, sine = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        mask = (torch.arange(self.context, device=at.device) <= at)[None, None, None]
+        for block in self.blocks:
+            x = block(x, at, cosine, sine, mask)
+        return self.head(F.rms_norm(x, x.shape[-1:], self.norm, 1e-5))[0]
+
+
+def random_model(device: str, **sizes: int) -> Llama:
+    """Weights in bfloat16, drawn on the device."""
+    with torch.device("meta"):
+        model = Llama(**sizes).bfloat16()
+    model = model.to_empty(device=device).eval()
+    torch.manual_seed(0)
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.dim() == 2:
+            tensor.data.normal_(std=tensor.shape[1] ** -0.5 if "embedding" not in name else 1.0)
+        else:
+            tensor.data.fill_(1.0 if "norm" in name else 0.0)
+    return model
+
+
+@torch.no_grad()
+def check(step, model: nn.Module, device: str) -> float:
+    """Decibels of a few tokens' logits against the model with its weights dequantized."""
+    found = run(step, model, 4, device)
+    plain = copy.deepcopy(model)
+    for module in plain.modules():
+        if isinstance(getattr(module, "weight", None), ao.QuantizedTensor):
+            module.weight = nn.Parameter(module.weight.dequantize(), requires_grad=False)
+    expected = run(plain, plain, 4, device)
+    return ao.sqnr(torch.cat(expected), torch.cat(found))
+
+
+def run(step, model: nn.Module, tokens: int, device: str) -> list[torch.Tensor]:
+    for block in model.blocks:
+        block.keys.zero_()
+        block.values.zero_()
+    return [
+        step(torch.tensor([7 * at + 1], device=device), torch.tensor([at], device=device)).clone()
+        for at in range(tokens)
+    ]
+
+
+@torch.no_grad()
+def profile(step, steps: int = 4) -> dict[str, list[float]]:
+    """Of the kernels that take longest: launches and microseconds a token."""
+    activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
+    token, at = torch.tensor([1], device="cuda"), torch.tensor([9], device="cuda")
+    with torch.profiler.profile(activities=activities) as recorded:
+        for _ in range(steps):
+            step(token, at)
+        torch.cuda.synchronize()
+    on_device = [each for each in recorded.key_averages() if each.self_device_time_total > 0]
+    longest = sorted(on_device, key=lambda each: -each.self_device_time_total)[:16]
+    return {
+        each.key[:80]: [each.count / steps, round(each.self_device_time_total / steps, 1)] for each in longest
+    }
+
+
+@torch.no_grad()
+def measure(
+    model: nn.Module, name: str, device: str, checked: bool = True, profiled: bool = False
+) -> dict[str, object]:
+    """Seconds to compile, dB, and tokens a second of greedy decoding."""
+    torch.compiler.reset()
+    cuda = device == "cuda"
+    step = torch.compile(model, fullgraph=True, mode="reduce-overhead" if cuda else "default")
+    token, at = torch.tensor([1], device=device), torch.tensor([0], device=device)
+    start = time.perf_counter()
+    for _ in range(3):
+        step(token, at).argmax(-1)
+    if cuda:
+        torch.cuda.synchronize()
+    compiled = time.perf_counter() - start
+    decibels = check(step, model, device) if checked else None
+    if decibels is not None and decibels < LEAST:
+        raise SystemExit(
+            f"{name}: the logits are {decibels:.1f} dB from those of its weights, {LEAST} needed"
+        )
+    seconds = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for index in range(TOKENS):
+            at.fill_(index)
+            token = step(token, at).argmax(-1).clone()
+        token.item()
+        seconds.append(time.perf_counter() - start)
+    row: dict[str, object] = {"what": name, "tokens_per_s": round(TOKENS / min(seconds), 1)}
+    row |= {
+        "compile_s": round(compiled, 1),
+        "stored_bytes": sum(ao.stored_bytes(each) for each in model.parameters()),
+    }
+    row["decibels"] = None if decibels is None else round(decibels, 1)
+    if profiled:
+        row["kernels"] = profile(step)
+    sys.stdout.write(f"{json.dumps(row)}\n")
+    sys.stdout.flush()
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", type=Path)
+    parser.add_argument("schemes", nargs="*", default=SCHEMES)
+    parser.add_argument("--peers", action="store_true", help="torchao's int4 and int8, if it is installed")
+    parser.add_argument("--profile", action="store_true", help="name the kernels that take longest")
+    parser.add_argument("--layers", type=int, default=LAYERS)
+    given = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    rows = [measure(random_model(device, layers=given.layers), "bfloat16", device, checked=False)]
+    for name in given.schemes:
+        model = random_model(device, layers=given.layers)
+        ao.quantize_(model, name)
+        assert isinstance(model.head.weight, ao.QuantizedTensor), "the output projection was left alone"
+        rows.append(measure(model, name, device, profiled=given.profile))
+        del model
+    if given.peers:
+        from torchao import quantization
+
+        for name, config in TORCHAO.items():
+            model = random_model(device, layers=given.layers)
+            options = {"int4_packing_format": "tile_packed_to_4d"} if "int4" in name else {}
+            quantization.quantize_(model, getattr(quantization, config)(**options))
+            rows.append(
+                measure(model, f"{name} {importlib.metadata.version('torchao')}", device, checked=False)
+            )
+    versions = {each: importlib.metadata.version(each) for each in ("torch", "triton")}
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    given.file.write_text(
+        json.dumps(
+            {"what": "one sequence decoded, Llama-3-8B shape", "device": where, **versions, "rows": rows},
+            indent=1,
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()
