@@ -284,7 +284,10 @@ def test_the_commands_exist(path):
         if name in ("--help", "--version"):
             continue
         assert name in commands, line
-        options = {option for param in commands[name].params for option in param.opts}
+        command = commands[name]
+        while words and words[0] in getattr(command, "commands", {}):
+            command = command.commands[words.pop(0)]
+        options = {option for param in command.params for option in param.opts}
         assert {word for word in words if word.startswith("-")} <= options, line
 
 

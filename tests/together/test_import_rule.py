@@ -40,6 +40,7 @@ LAYERS = (
     {"algorithm"},
     {"plugins"},
     {"convert", "calibrate", "compress", "checkpoint", "rebuild", "shards", "metrics", "timing", "models"},
+    {"proposals"},
     {"cli", "testing"},
 )
 LAYER_OF = {module: layer for layer, modules in enumerate(LAYERS) for module in modules}

@@ -30,10 +30,13 @@ if TYPE_CHECKING:
         UnknownNameError,
     )
     from ao_core.kernels import KERNELS, Kernel, Key, explain, kernel_for, use_provider
+    from ao_core.layers import Layer, Layers, find_layers
     from ao_core.metrics import model_bytes, perplexity, sqnr, stored_bytes
     from ao_core.models import load_model
     from ao_core.ops import OPS, Op
-    from ao_core.plan import Choice, Plan, Rule, resolve
+    from ao_core.plan import Choice, Plan, Rule, fingerprint, resolve
+    from ao_core.progress import reporting
+    from ao_core.proposals import Proposals, propose, scheme_source
     from ao_core.registry import Fault
     from ao_core.scheme import QParams, Scheme, parse_scheme, schemes
     from ao_core.tensor import InputScaledTensor, QuantizedTensor
@@ -52,10 +55,13 @@ _HOME = {
         "RejectedError", "UnknownNameError",
     ],
     "kernels": ["KERNELS", "Kernel", "Key", "explain", "kernel_for", "use_provider"],
+    "layers": ["Layer", "Layers", "find_layers"],
     "metrics": ["model_bytes", "perplexity", "sqnr", "stored_bytes"],
     "models": ["load_model"],
     "ops": ["OPS", "Op"],
-    "plan": ["Choice", "Plan", "Rule", "resolve"],
+    "plan": ["Choice", "Plan", "Rule", "fingerprint", "resolve"],
+    "progress": ["reporting"],
+    "proposals": ["Proposals", "propose", "scheme_source"],
     "registry": ["Fault"],
     "scheme": ["QParams", "Scheme", "parse_scheme", "schemes"],
     "tensor": ["InputScaledTensor", "QuantizedTensor"],
@@ -77,12 +83,15 @@ __all__ = [
     "InputScaledTensor",
     "Kernel",
     "Key",
+    "Layer",
+    "Layers",
     "ModelError",
     "Op",
     "OptionError",
     "Plan",
     "PlanError",
     "PluginError",
+    "Proposals",
     "QParams",
     "QuantizedTensor",
     "RejectedError",
@@ -96,6 +105,8 @@ __all__ = [
     "calibrate",
     "compress_",
     "explain",
+    "find_layers",
+    "fingerprint",
     "hookimpl",
     "hookspec",
     "kernel_for",
@@ -107,9 +118,12 @@ __all__ = [
     "parse_algorithm",
     "parse_scheme",
     "perplexity",
+    "propose",
     "quantize_",
+    "reporting",
     "resolve",
     "save",
+    "scheme_source",
     "schemes",
     "sqnr",
     "stored_bytes",

@@ -72,9 +72,9 @@ def ao_register_algorithms() -> list[Any]:
 
 @hookimpl
 def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> list[Any]:
-    """The int8, float8 and NF4 schemes, for any weight."""
-    from ao_quant.float8 import Float8Dynamic, Float8WeightOnly
-    from ao_quant.int8 import Int8Dynamic, Int8WeightOnly
-    from ao_quant.nf4 import Nf4
+    """Group sizes of the 4-bit schemes beside their defaults, and an int8 that keeps groups apart."""
+    from ao_quant.int4 import Int4WeightOnly, Int8DynamicInt4Weight
+    from ao_quant.int8 import Int8WeightOnly
 
-    return [Int8WeightOnly(), Int8Dynamic(), Float8WeightOnly(), Float8Dynamic(), Nf4()]
+    finer = [Int4WeightOnly(group_size=32), Int4WeightOnly(group_size=64)]
+    return [*finer, Int8DynamicInt4Weight(group_size=128), Int8WeightOnly(group_size=32)]

@@ -1,0 +1,223 @@
+"""``ao autoquant`` and ``ao plan``."""
+
+from __future__ import annotations
+
+import json as writer
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    import torch
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id or a GGUF file.")]
+Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to save.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
+Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
+PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A JSON file that ao wrote.")]
+
+plan = typer.Typer(help="Plans: show one, compare two, apply one.", no_args_is_help=True)
+
+
+def autoquant(
+    model: Model,
+    out: Out,
+    text: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="UTF-8 text that the model reads; else random tokens.")
+    ] = None,
+    prefill: Annotated[int, typer.Option(min=0, metavar="TOKENS", help="Tokens of a prompt; 0: none.")] = 256,
+    decode: Annotated[
+        int, typer.Option(min=0, metavar="TOKENS", help="Tokens written after it, one at a time.")
+    ] = 32,
+    objective: Annotated[str, typer.Option(help="What to make small: latency, bytes or error.")] = "latency",
+    max_error: Annotated[
+        float | None, typer.Option(help="Root mean square of the layers' relative output errors.")
+    ] = None,
+    max_bytes: Annotated[float | None, typer.Option(help="Of the whole model.")] = None,
+    max_latency: Annotated[float | None, typer.Option(help="Microseconds of the layers.")] = None,
+    min_speedup: Annotated[float | None, typer.Option(help="Of the layers against float.")] = None,
+    scheme: Annotated[list[str] | None, typer.Option(metavar="S", help="Only these schemes.")] = None,
+    isolate: Annotated[bool, typer.Option(help="Measure every scheme in a child process.")] = False,
+    remeasure: Annotated[bool, typer.Option(help="Measure also what was measured before.")] = False,
+    dtype: Dtype = None,
+    device: Device = "cpu",
+    json: Json = False,
+) -> None:
+    """Measure every installed scheme on every layer of MODEL, choose, and save the result."""
+    import torch
+
+    from ao_autoquant import report
+    from ao_autoquant.exploration import explore
+    from ao_autoquant.search import Budget, checked_objective
+    from ao_core import apply_, load_model, save
+
+    wanted = checked_objective(objective)
+    budget = Budget(max_error, max_bytes, max_latency, min_speedup)
+    _check_out(out)
+    _say(f"loading {model}")
+    loaded = load_model(model, dtype=_dtype(dtype), device=_device(device))
+    examples, weights = _examples(loaded, text, prefill, decode)
+    found = explore(
+        loaded.model, examples, weights=weights, schemes=scheme or None,
+        isolate=True if isolate else "auto", remeasure=remeasure, progress=True,
+    )  # fmt: skip
+    chosen = found.choose(wanted, budget)
+    made = found.plan_for(chosen, wanted)
+    if any(choice.scheme for choice in made.layers.values()):
+        apply_(loaded.model, made)
+    with torch.no_grad():
+        save(loaded.model, out, plan=made, tokenizer=loaded.tokenizer)
+    made.save(out / "plan.json")
+    page = report.html(found, chosen, title=f"ao autoquant {model}", objective=wanted, budget=budget)
+    report.write(out / "report.html", page)
+    if json:
+        _print(report.summary(found, chosen))
+        return
+    report.show(found, chosen)
+    _say(f"saved in {out}: the model, plan.json, report.html")
+
+
+@plan.command("show")
+def show(path: PlanFile, json: Json = False) -> None:
+    """What a plan gives each layer, and why."""
+    from ao_core import Plan
+
+    found = Plan.load(path)
+    if json:
+        typer.echo(found.to_json(), nl=False)
+        return
+    rows = [
+        (name, each.scheme or "float", _numbers(each.evidence), each.reason)
+        for name, each in found.layers.items()
+    ]
+    _table(("layer", "scheme", "measured", "why float"), rows)
+    _say(", ".join(f"{key} {value}" for key, value in found.fingerprint.items() if value))
+
+
+@plan.command("diff")
+def diff(
+    first: Annotated[Path, typer.Argument(metavar="A")],
+    second: Annotated[Path, typer.Argument(metavar="B")],
+    json: Json = False,
+) -> None:
+    """Layers for which two plans differ, and how their devices do."""
+    from ao_autoquant.plans import differences
+    from ao_core import Plan
+
+    found = differences(Plan.load(first), Plan.load(second))
+    if json:
+        _print(found)
+        return
+    rows = [(name, *pair) for name, pair in {**found["layers"], **found["fingerprint"]}.items()]
+    if rows:
+        _table(("", str(first), str(second)), rows)
+    else:
+        typer.echo("the plans are the same")
+
+
+@plan.command("apply")
+def apply(path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: Device = "cpu") -> None:
+    """Convert MODEL along a plan and save it; says so where the plan was measured on another device."""
+    from ao_autoquant.plans import elsewhere
+    from ao_core import Plan, apply_, load_model, save
+
+    found = Plan.load(path)
+    _check_out(out)
+    where = _device(device)
+    if others := elsewhere(found, where):
+        _say(f"warning: the plan was measured elsewhere: {'; '.join(others)}. Run ao autoquant here.")
+    loaded = load_model(model, dtype=_dtype(dtype), device=where)
+    report = apply_(loaded.model, found, progress=True)
+    save(loaded.model, out, plan=found, tokenizer=loaded.tokenizer)
+    typer.echo(f"{len(report.converted)} layers converted, saved in {out}")
+
+
+def _examples(loaded: Any, text: Path | None, prefill: int, decode: int) -> tuple[list[Any], list[float]]:
+    """A prompt, and one token that counts ``decode`` times."""
+    import torch
+
+    from ao_core import ModelError, OptionError
+
+    if not prefill and not decode:
+        raise OptionError("--prefill 0 and --decode 0 leave nothing to run. Give one of them tokens.")
+    count = max(prefill, 1)
+    if text is None:
+        _say("warning: no --text: layers are measured on random tokens, whose activations are not a text's.")
+        size = getattr(getattr(loaded.model, "config", None), "vocab_size", None)
+        if size is None:
+            raise ModelError(
+                "the model has no vocabulary, so that no tokens can be made for it. Use the library."
+            )
+        tokens = torch.randint(int(size), (count,), generator=torch.Generator().manual_seed(0))
+    else:
+        if loaded.tokenizer is None or not text.is_file():
+            raise ModelError(
+                f"--text needs a tokenizer beside the model and a UTF-8 file, and was given {text}."
+            )
+        words = text.read_text("utf-8")
+        tokens = torch.tensor(loaded.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
+        if len(tokens) < count:
+            raise OptionError(f"--prefill {prefill}: {text} has {len(tokens)} tokens. Give a longer text.")
+    examples = [(tokens[:prefill][None], 1.0)] if prefill else []
+    examples += [(tokens[count - 1 : count][None], float(decode))] if decode else []
+    return [each for each, _ in examples], [weight for _, weight in examples]
+
+
+def _check_out(out: Path) -> None:
+    from ao_core import CheckpointError
+
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "ao.json").is_file())):
+        raise CheckpointError(f"{out} holds something that ao did not save. Give a new or empty directory.")
+
+
+def _device(text: str) -> torch.device:
+    import torch
+
+    from ao_core import OptionError
+
+    try:
+        device = torch.device(text)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise OptionError(f"--device {text!r} can't be used: {reason}. Try cpu.") from error
+    return device
+
+
+def _dtype(text: str | None) -> torch.dtype | None:
+    import torch
+
+    from ao_core import OptionError
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if text is not None and text not in known:
+        raise OptionError(f"--dtype takes {', '.join(known)}, and was given {text!r}.")
+    return None if text is None else known[text]
+
+
+def _numbers(evidence: Any) -> str:
+    if "us" not in evidence:
+        return ""
+    return f"{evidence['us']:.1f} of {evidence['float_us']:.1f} µs, error {evidence['error']:.3g}"
+
+
+def _table(columns: tuple[str, ...], rows: Any) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(*columns, box=None, pad_edge=False)
+    for row in rows:
+        table.add_row(*(escape(str(each)) for each in row))
+    Console(highlight=False).print(table)
+
+
+def _print(data: Any) -> None:
+    typer.echo(writer.dumps(data, indent=1))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)  # noqa: T201

@@ -1,0 +1,300 @@
+"""``autoquant``: profile a model, measure candidates, choose, and return a plan."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from ao_autoquant.cache import Cache
+from ao_autoquant.measuring import Faulty, Measurer
+from ao_autoquant.profile import Profile, profile
+from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, solve, totals
+from ao_core import Choice, Plan, apply_, fingerprint, model_bytes, parse_scheme, propose, reporting
+
+FORMAT = 1
+Isolate = Literal["auto"] | bool
+
+
+@dataclass(frozen=True)
+class Exploration:
+    """All that was measured on a model: plans for any budget come from it without measuring again.
+
+    Attributes:
+        options: layer → candidate → what was measured; ``"float"`` is always there.
+        rejected: layer → scheme → the scheme's reason.
+        faults: schemes that crashed, hung or returned garbage.
+        left: layer → why it was not searched.
+        calls: layer → rows → how often.
+        other_bytes: of the model outside the searched layers.
+        fingerprint: device and versions.
+        measured: how many numbers were measured, and ``reused``: how many were known before.
+    """
+
+    options: dict[str, dict[str, Option]]
+    rejected: dict[str, dict[str, str]]
+    faults: list[Faulty]
+    left: dict[str, str]
+    calls: dict[str, dict[int, float]]
+    other_bytes: int
+    fingerprint: dict[str, str]
+    measured: int = 0
+    reused: int = 0
+    proposals: dict[str, str] = field(default_factory=dict)
+
+    def choose(
+        self,
+        objective: Objective = "latency",
+        budget: Budget | None = None,
+        together: Sequence[Sequence[str]] = (),
+    ) -> dict[str, str]:
+        """Layer → candidate, see :func:`ao_autoquant.search.solve`. ``together`` are groups of patterns.
+
+        Layers whose names differ only in what the patterns of a group name, such as ``*.q_proj`` and
+        ``*.k_proj`` of one block, get the same candidate.
+        """
+        return solve(
+            self.options,
+            objective=objective,
+            budget=budget,
+            other_bytes=self.other_bytes,
+            together=_groups(self.options, together),
+        )
+
+    def totals(self, chosen: Mapping[str, str]) -> Totals:
+        """Time, bytes and error of a choice."""
+        return totals(self.options, chosen, self.other_bytes)
+
+    def uniform(self) -> dict[str, dict[str, str]]:
+        """Scheme → the choice that gives it to every layer that takes it, and float to the others."""
+        names = sorted({name for each in self.options.values() for name in each})
+        return {
+            name: {layer: name if name in each else FLOAT for layer, each in self.options.items()}
+            for name in names
+        }
+
+    def plan(
+        self,
+        objective: Objective = "latency",
+        budget: Budget | None = None,
+        together: Sequence[Sequence[str]] = (),
+    ) -> Plan:
+        """The best plan under ``budget``.
+
+        Raises:
+            InfeasibleError: no plan fits; says which constraint, and what is reachable.
+        """
+        return self.plan_for(self.choose(objective, budget, together), objective)
+
+    def plan_for(self, chosen: Mapping[str, str], objective: str = "latency") -> Plan:
+        """The plan that gives each layer the chosen candidate, with what was measured."""
+        layers = {name: Choice(None, reason=reason) for name, reason in self.left.items()}
+        for layer, name in chosen.items():
+            layers[layer] = self._choice(layer, name, objective)
+        return Plan(layers, self.fingerprint)
+
+    def _choice(self, layer: str, name: str, objective: str) -> Choice:
+        options = self.options[layer]
+        mine, base = options[name], options[FLOAT]
+        evidence = {
+            **asdict(mine),
+            "float_us": base.us,
+            "float_spread": base.spread,
+            "float_bytes": base.bytes,
+            "calls": {str(rows): count for rows, count in self.calls[layer].items()},
+        }
+        if name != FLOAT:
+            return Choice(name, evidence=evidence)
+        others = {key: value for key, value in options.items() if key != FLOAT}
+        return Choice(None, reason=_why_float(others, base, objective), evidence=evidence)
+
+    def to_json(self) -> str:
+        """The measurements as JSON text."""
+        return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write :meth:`to_json` to ``path``, whole or not at all."""
+        target = Path(path)
+        temporary = target.with_name(f".{target.name}.{os.getpid()}")
+        try:
+            temporary.write_text(self.to_json(), encoding="utf-8")
+            temporary.replace(target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def autoquant(
+    model: nn.Module,
+    examples: Any,
+    *,
+    objective: Objective = "latency",
+    max_error: float | None = None,
+    max_bytes: float | None = None,
+    max_latency: float | None = None,
+    min_speedup: float | None = None,
+    together: Sequence[Sequence[str]] = (),
+    apply: bool = False,
+    **options: Any,
+) -> Plan:
+    """Measure every installed scheme on every linear of ``model`` and return the best plan.
+
+    ``model`` is unchanged unless ``apply`` is true.
+
+    Args:
+        model: any module, on the device that it will run on.
+        examples: its inputs, see :func:`explore`.
+        objective: what to make small: ``"latency"``, ``"bytes"`` or ``"error"``.
+        max_error: root mean square over the layers of their relative output errors, at most.
+        max_bytes: of the whole model, at most.
+        max_latency: microseconds of the searched layers for one run of the examples, at most.
+        min_speedup: of the searched layers against float, at least.
+        together: groups of patterns whose layers get the same scheme, such as
+            ``[["*.q_proj", "*.k_proj", "*.v_proj"]]``.
+        apply: also convert the model along the plan.
+        **options: of :func:`explore`.
+
+    Raises:
+        InfeasibleError: no plan fits; says which constraint, and what is reachable.
+        OptionError, ModelError: as for :func:`explore`.
+    """
+    budget = Budget(max_error, max_bytes, max_latency, min_speedup)
+    plan = explore(model, examples, **options).plan(objective, budget, together)
+    if apply and any(choice.scheme for choice in plan.layers.values()):
+        apply_(model, plan)
+    return plan
+
+
+def explore(
+    model: nn.Module,
+    examples: Any,
+    *,
+    weights: Sequence[float] | None = None,
+    schemes: Sequence[str] | None = None,
+    wanted: Callable[[nn.Module, str], bool] | None = None,
+    compiled: bool = False,
+    isolate: Isolate = "auto",
+    limit_s: float = 60.0,
+    remeasure: bool = False,
+    progress: bool = False,
+) -> Exploration:
+    """Profile ``model`` on ``examples`` and measure every candidate on every linear. Changes nothing.
+
+    Args:
+        model: any module, on the device that it will run on.
+        examples: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a list of
+            these.
+        weights: how often each example runs, such as ``[1, 128]`` for a prompt and 128 decoded tokens.
+        schemes: texts of the only schemes to measure; by default every installed one with its defaults, and
+            what plugins propose.
+        wanted: ``wanted(module, name)``: which linears to search.
+        compiled: time the linears as ``torch.compile`` makes them.
+        isolate: measure in a child process: ``"auto"``, schemes from outside the ao packages; True, all;
+            False, none.
+        limit_s: seconds that one candidate may take in the child.
+        remeasure: measure again what the cache knows.
+        progress: show a bar.
+
+    Raises:
+        OptionError: no example, weights that don't fit, an unknown scheme's option.
+        ModelError: the model is on the meta device or has no linear to search.
+
+    What the model itself raises on the examples comes through; the model is unchanged.
+    """
+    only = None if schemes is None else {str(made): made for made in map(parse_scheme, schemes)}
+    seen = profile(model, examples, weights=weights, wanted=wanted)
+    return measured(
+        model, seen, only=only, compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure,
+        progress=progress,
+    )  # fmt: skip
+
+
+def measured(
+    model: nn.Module,
+    seen: Profile,
+    *,
+    only: Mapping[str, Any] | None = None,
+    compiled: bool = False,
+    isolate: Isolate = "auto",
+    limit_s: float = 60.0,
+    remeasure: bool = False,
+    progress: bool = False,
+) -> Exploration:
+    """Measure the candidates on what was profiled; the second half of :func:`explore`."""
+    options: dict[str, dict[str, Option]] = {}
+    rejected: dict[str, dict[str, str]] = {}
+    proposals: dict[str, str] = {}
+    measurer = Measurer(Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s)
+    with measurer, torch.no_grad(), reporting("measuring", enabled=progress) as show:
+        for done, (name, each) in enumerate(seen.seen.items()):
+            show(done, len(seen.seen))
+            found = propose(name, each.layer.weight, each.sample)
+            proposals |= found.faults
+            candidates = found.schemes if only is None else only
+            rejected[name] = {
+                text: reason
+                for text, scheme in candidates.items()
+                if (reason := _rejects(each.layer, scheme)) is not None
+            }
+            fit = {text: scheme for text, scheme in candidates.items() if text not in rejected[name]}
+            options[name] = measurer.options(name, each, fit, rejected[name])
+    searched = sum(each[FLOAT].bytes for each in options.values())
+    return Exploration(
+        options=options,
+        rejected=rejected,
+        faults=list(measurer.faults.values()),
+        left=seen.left,
+        calls={name: each.calls for name, each in seen.seen.items()},
+        other_bytes=model_bytes(model).total - searched,
+        fingerprint=_fingerprint(model),
+        measured=measurer.measured,
+        reused=measurer.reused,
+        proposals=proposals,
+    )
+
+
+def _rejects(layer: Any, scheme: Any) -> str | None:
+    try:
+        reason: str | None = layer.rejects(scheme)
+    except Exception as error:  # noqa: BLE001 - a stranger's code: the report names it
+        return f"rejects() raised {type(error).__name__}: {error}"
+    return reason
+
+
+def _fingerprint(model: nn.Module) -> dict[str, str]:
+    first = next(model.parameters(), None)
+    return fingerprint("cpu" if first is None else first.device)
+
+
+def _groups(names: Mapping[str, Any], together: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Layers that the patterns of a group match, by what they have in common: the parent's name."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for number, patterns in enumerate(together):
+        for name in names:
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                found.setdefault((number, name.rpartition(".")[0]), []).append(name)
+    return list(found.values())
+
+
+def _why_float(others: Mapping[str, Option], base: Option, objective: str) -> str:
+    if not others:
+        return "no scheme could be measured on it"
+    name, best = min(others.items(), key=lambda item: item[1].us)
+    noise = best.spread + base.spread
+    if not math.isfinite(best.us) or objective != "latency":
+        return "float is best under these constraints"
+    if best.us + noise >= base.us:
+        return (
+            f"float is not beaten by more than the spread: {base.us:.1f} µs, and the fastest, {name}, "
+            f"takes {best.us:.1f} ± {noise:.1f} µs"
+        )
+    return (
+        f"float is needed for the constraints; the fastest, {name}, takes {best.us:.1f} of {base.us:.1f} µs"
+    )

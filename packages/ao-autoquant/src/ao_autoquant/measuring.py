@@ -1,0 +1,162 @@
+"""Measuring candidates on a layer: what is known is reused, what fails is noted and skipped."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ao_autoquant import measure
+from ao_autoquant.cache import Cache
+from ao_autoquant.measure import FaultError, Quality, Time
+from ao_autoquant.profile import Seen
+from ao_autoquant.search import FLOAT, Option
+from ao_autoquant.worker import Worker
+from ao_core import KERNELS, RejectedError, Scheme, fingerprint, scheme_source
+
+OWN = ("ao-quant", "ao-sparsity", "ao-kernels", "ao-gptq")
+"""Distributions whose schemes are measured in this process."""
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """A scheme that could not be measured.
+
+    Attributes:
+        scheme: its text.
+        distribution: that provides it.
+        layer: where it failed first.
+        error: what happened.
+        hung: whether it was ended for taking too long; it is not tried again in this search.
+    """
+
+    scheme: str
+    distribution: str
+    layer: str
+    error: str
+    hung: bool = False
+
+
+class Measurer:
+    """Holds what one search knows. A context: its child process ends with the block."""
+
+    def __init__(self, cache: Cache, *, compiled: bool, isolate: str | bool, limit_s: float) -> None:
+        self.cache, self.compiled, self.isolate = cache, compiled, isolate
+        self.faults: dict[tuple[str, str], Faulty] = {}
+        self.measured = self.reused = 0
+        self._worker = Worker(limit_s)
+        kernels = {f"{e.source.distribution} {e.source.version}" for e in KERNELS.entries().values()}
+        self._versions: dict[str, Any] = {
+            "kernels": sorted(kernels),
+            "forced": os.environ.get("AO_KERNELS", ""),
+            "compiled": compiled,
+        }
+        self._broken: set[str] = set()
+        self._digests: dict[str, str] = {}
+
+    def __enter__(self) -> Measurer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._worker.close()
+
+    def options(
+        self, name: str, seen: Seen, schemes: Mapping[str, Scheme], rejected: dict[str, str]
+    ) -> dict[str, Option]:
+        """Float and each scheme that could be measured, on one layer; reasons go into ``rejected``."""
+        weight, sample = seen.layer.weight.detach(), seen.sample
+        made: dict[str, Option] = {}
+        values = {"weight": measure.digest(weight), "sample": measure.digest(sample)}
+        for text, scheme in {FLOAT: None, **schemes}.items():
+            if text in self._broken:
+                continue
+            try:
+                quality, times = self._one(text, scheme, weight, sample, seen, values)
+            except RejectedError as error:
+                rejected[text] = str(error)
+                continue
+            except Exception as error:
+                if scheme is None:
+                    raise
+                self._note(text, scheme, name, error)
+                continue
+            us = sum(times[rows].us * count for rows, count in seen.calls.items())
+            spread = sum(times[rows].spread * count for rows, count in seen.calls.items())
+            made[text] = Option(us, spread, quality.bytes, quality.error)
+        return made
+
+    def _one(
+        self,
+        text: str,
+        scheme: Scheme | None,
+        weight: torch.Tensor,
+        sample: torch.Tensor,
+        seen: Seen,
+        values: Mapping[str, str],
+    ) -> tuple[Quality, dict[int, Time]]:
+        rows = sorted(seen.calls)
+        common = {**self._about(text, scheme, weight, seen)}
+        keys = {count: {"what": "time", "rows": count, **common, **self._versions} for count in rows}
+        quality_key = {"what": "quality", **values, **common, **self._versions}
+        times = {count: Time(**found) for count, key in keys.items() if (found := self.cache.get(key))}
+        known = self.cache.get(quality_key)
+        self.reused += len(times) + (known is not None)
+        missing = [count for count in rows if count not in times]
+        if known is not None and not missing:
+            return Quality(**known), times
+        quality, fresh = self._measure(text, scheme, weight, sample, seen.bias, missing)
+        self.measured += len(fresh) + (known is None)
+        self.cache.put(quality_key, measure.as_dict(quality))
+        for count, time in fresh.items():
+            self.cache.put(keys[count], measure.as_dict(time))
+        return quality, times | fresh
+
+    def _measure(
+        self,
+        text: str,
+        scheme: Scheme | None,
+        weight: torch.Tensor,
+        sample: torch.Tensor,
+        bias: torch.Tensor | None,
+        rows: list[int],
+    ) -> tuple[Quality, dict[int, Time]]:
+        if scheme is None:
+            quality, used = Quality(0.0, weight.nbytes), weight
+        elif self._isolated(scheme):
+            return self._worker.measure(text, weight, sample, bias, rows, compiled=self.compiled)
+        else:
+            quality, used = measure.quality(scheme, weight, sample, bias)
+        return quality, {n: measure.timed(used, sample, n, bias, compiled=self.compiled) for n in rows}
+
+    def _isolated(self, scheme: Scheme) -> bool:
+        if isinstance(self.isolate, bool):
+            return self.isolate
+        source = scheme_source(scheme)
+        return source is not None and source.distribution not in OWN
+
+    def _about(self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen) -> dict[str, Any]:
+        source = None if scheme is None else scheme_source(scheme)
+        return {
+            **fingerprint(weight.device),
+            "scheme": text,
+            "version": None if scheme is None else scheme.version,
+            "distribution": "" if source is None else f"{source.distribution} {source.version}",
+            "shape": list(weight.shape),
+            "dtype": str(weight.dtype),
+            "input": str(seen.dtype),
+            "bias": seen.bias is not None,
+        }
+
+    def _note(self, text: str, scheme: Scheme, layer: str, error: Exception) -> None:
+        source = scheme_source(scheme)
+        hung = isinstance(error, FaultError) and "was ended" in str(error)
+        ended = hung or "ended its process" in str(error)
+        if ended:  # each try takes the whole limit, or a process
+            self._broken.add(text)
+        reason = measure.explained(error)
+        fault = Faulty(text, "" if source is None else source.distribution, layer, reason, hung)
+        self.faults.setdefault((text, re.sub(r"\d+", "#", reason)), fault)

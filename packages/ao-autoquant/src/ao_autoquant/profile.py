@@ -1,0 +1,223 @@
+"""What the layers of a model see: which rows, how often, and a sample of the activations themselves."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ao_core import Layer, ModelError, OptionError, find_layers
+from ao_core.calibrate import as_batches
+
+SAMPLE_ROWS = 256
+
+
+@dataclass
+class Seen:
+    """What one layer saw.
+
+    Attributes:
+        layer: the layer.
+        calls: rows of a call → how often, each call counted with the weight of its example.
+        parts: samples of its inputs, ``[r, K]`` each.
+        dtype: of its inputs.
+        bias: of the module that was called first, or None.
+    """
+
+    layer: Layer
+    calls: dict[int, float] = field(default_factory=dict)
+    parts: list[torch.Tensor] = field(default_factory=list)
+    dtype: torch.dtype = torch.float32
+    bias: torch.Tensor | None = None
+    _held: int = 0
+
+    def add(self, x: torch.Tensor, weight: float) -> None:
+        """Count a call with input ``x`` ``[..., K]``."""
+        rows = x.detach().reshape(-1, x.shape[-1])
+        if len(rows) == 0:
+            return
+        known = len(rows) in self.calls
+        self.calls[len(rows)] = self.calls.get(len(rows), 0.0) + weight
+        self.dtype = x.dtype
+        room = SAMPLE_ROWS - self._held
+        if room > 0 and (not known or self._held < SAMPLE_ROWS // 2):
+            step = math.ceil(len(rows) / room)
+            self.parts.append(rows[::step].clone())
+            self._held += len(self.parts[-1])
+
+    @property
+    def sample(self) -> torch.Tensor:
+        """Inputs that it saw, at most ``SAMPLE_ROWS`` of them: ``[rows, K]``."""
+        return torch.cat(self.parts)
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What was seen.
+
+    Attributes:
+        seen: layer → what it saw, for the layers that can be searched.
+        left: layer → why it is left alone.
+    """
+
+    seen: dict[str, Seen]
+    left: dict[str, str]
+
+
+class Recorder:
+    """Hooks on the linears of ``model`` that keep what they see, until :meth:`close`.
+
+    Raises:
+        ModelError: the model lies on the meta device, or has no linear to search.
+    """
+
+    def __init__(self, model: nn.Module, wanted: Callable[[nn.Module, str], bool] | None = None) -> None:
+        found = find_layers(model)
+        self.weight = 1.0
+        self.left = dict(found.left)
+        self.seen: dict[str, Seen] = {}
+        self._hooks: list[Any] = []
+        for name, layer in found.replaceable.items():
+            reason = _unsearchable(layer)
+            if reason is None and wanted is not None and not wanted(layer.owners[0][0], name):
+                reason = "the filter leaves it out"
+            if reason is None:
+                self.seen[name] = Seen(layer)
+            else:
+                self.left[name] = reason
+        if any(seen.layer.weight.device.type == "meta" for seen in self.seen.values()):
+            raise ModelError(
+                "the model lies on the meta device and has no values to measure. Load its weights first."
+            )
+        if not self.seen:
+            why = "; ".join(f"{name}: {reason}" for name, reason in list(self.left.items())[:3])
+            raise ModelError(f"{type(model).__name__} has no linear layer to search: {why or 'it has none'}.")
+        for seen in self.seen.values():
+            for module in {id(module): module for module, _ in seen.layer.owners}.values():
+                self._hooks.append(module.register_forward_pre_hook(self._hook(seen), with_kwargs=True))
+
+    def _hook(self, seen: Seen) -> Callable[..., None]:
+        def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = args[0] if args else kwargs.get("input")
+            if isinstance(x, torch.Tensor):
+                if not seen.calls:
+                    bias = getattr(module, "bias", None)
+                    seen.bias = None if bias is None else bias.detach()
+                seen.add(x, self.weight)
+
+        return look
+
+    def close(self) -> None:
+        """Take the hooks off."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
+
+    def profile(self) -> Profile:
+        """What was seen so far; layers that were never called, or saw NaN, are left alone."""
+        left, seen = dict(self.left), {}
+        for name, each in self.seen.items():
+            if not each.calls:
+                left[name] = "the example inputs never reached it"
+            elif not bool(torch.isfinite(each.sample).all()):
+                left[name] = "its inputs hold NaN or infinity"
+            else:
+                seen[name] = each
+        return Profile(seen, left)
+
+
+def profile(
+    model: nn.Module,
+    examples: Any,
+    *,
+    weights: Sequence[float] | None = None,
+    wanted: Callable[[nn.Module, str], bool] | None = None,
+) -> Profile:
+    """Run ``model`` on ``examples`` without gradients, in evaluation mode, and say what its layers saw.
+
+    Args:
+        model: any module; it is left as it was.
+        examples: a tensor, a tuple of positional arguments, a mapping of keyword arguments, or a list of
+            these.
+        weights: how often each example runs, such as 1 for a prefill and 128 for a decoded token; 1 each by
+            default.
+        wanted: ``wanted(module, name)``: which linears to search; all by default.
+
+    Raises:
+        OptionError: no example, or weights that don't fit.
+        ModelError: nothing to search, see :class:`Recorder`.
+    """
+    batches = as_examples(examples)
+    counts = _weights(weights, len(batches))
+    recorder = Recorder(model, wanted)
+    try:
+        with evaluating(model), torch.no_grad():
+            for batch, count in zip(batches, counts, strict=True):
+                recorder.weight = count
+                run(model, batch)
+    finally:
+        recorder.close()
+    return recorder.profile()
+
+
+def as_examples(examples: Any) -> list[Any]:
+    """The examples as a list of batches.
+
+    Raises:
+        OptionError: there is none, or one of another type.
+    """
+    single = isinstance(examples, (torch.Tensor, tuple, Mapping))
+    return as_batches([examples] if single else examples)
+
+
+def run(model: nn.Module, batch: Any) -> Any:
+    """Call ``model`` on one batch, moved to where its first parameter lies; without a key-value cache."""
+    first = next(model.parameters(), None)
+    device = torch.device("cpu") if first is None else first.device
+    options = {"use_cache": False} if "use_cache" in inspect.signature(model.forward).parameters else {}
+    if isinstance(batch, Mapping):
+        return model(**{**options, **{key: _moved(value, device) for key, value in batch.items()}})
+    arguments = batch if isinstance(batch, (tuple, list)) else (batch,)
+    return model(*(_moved(each, device) for each in arguments), **options)
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Every module in evaluation mode; each is put back as it was."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return value.to(device) if isinstance(value, torch.Tensor) else value
+
+
+def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    if weights is None:
+        return [1.0] * count
+    found = [float(each) for each in weights]
+    if len(found) != count or not all(math.isfinite(each) and each > 0 for each in found):
+        raise OptionError(
+            f"weights needs a positive number for each of {count} examples, and was given {list(weights)}."
+        )
+    return found
+
+
+def _unsearchable(layer: Layer) -> str | None:
+    if layer.kind != "linear":
+        what = {"experts": "a stack of experts", "embedding": "an embedding", "convolution": "a convolution"}
+        return f"it is {what[layer.kind]}; the search measures linears. Give it a scheme by a rule"
+    if layer.shared:
+        return f"its weight is tied to {', '.join(layer.shared)}; name it in a rule to convert both"
+    return None

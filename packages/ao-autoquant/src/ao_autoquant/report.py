@@ -1,0 +1,209 @@
+"""What a search found: a table on the terminal, and one HTML page that needs nothing beside it."""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ao_autoquant.search import FLOAT, Budget, Totals
+
+if TYPE_CHECKING:
+    from ao_autoquant.exploration import Exploration
+
+_STYLE = """
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
+h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
+table { border-collapse: collapse; font-size: 13px }
+th, td { padding: 3px 10px; text-align: left; border-bottom: 1px solid #e4e4e4 }
+tr.chosen td { font-weight: 600; background: #eef6ee }
+div.wide { overflow-x: auto } svg { max-width: 100%; height: auto } p.note { color: #555 }
+td.cell { text-align: right; font-variant-numeric: tabular-nums }
+td.best { outline: 2px solid #1a1a1a; outline-offset: -2px }
+"""
+_UNITS = (
+    "<p class=note>µs of the searched layers for one run of the examples; MB of the whole model; "
+    "error: root mean square of the layers' relative output errors.</p>"
+)
+
+
+def summary(found: Exploration, chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The totals of the plan, of float and of each uniform scheme, counts, faults: JSON-able."""
+    return {
+        "plan": asdict(found.totals(chosen)),
+        "schemes": dict(Counter(chosen.values())),
+        "uniform": {name: asdict(found.totals(each)) for name, each in found.uniform().items()},
+        "layers": dict(chosen),
+        "left": found.left,
+        "faults": [asdict(fault) for fault in found.faults],
+        "proposals": found.proposals,
+        "fingerprint": found.fingerprint,
+        "measured": found.measured,
+        "reused": found.reused,
+    }
+
+
+def show(found: Exploration, chosen: Mapping[str, str]) -> None:
+    """Print the table of totals, what the plan uses, and what went wrong."""
+    from rich.console import Console
+    from rich.markup import escape as plain
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("", "layers", "µs", "speed-up", "MB", "error", box=None, pad_edge=False)
+    for name, cells in _totals(found, chosen):
+        table.add_row(plain(name), *cells)
+    console.print(table)
+    if set(chosen.values()) == {FLOAT}:
+        console.print("float wins: no scheme is faster by more than the spread, or fits the constraints")
+    for fault in found.faults:
+        line = f"fault: {fault.scheme} ({fault.distribution}) on {fault.layer}: {fault.error}"
+        console.print(plain(line), soft_wrap=True)
+    for plugin, reason in found.proposals.items():
+        console.print(plain(f"fault: plugin {plugin}: {reason}"), soft_wrap=True)
+    console.print(
+        f"{len(chosen)} layers searched, {len(found.left)} left alone; "
+        f"{found.measured} numbers measured, {found.reused} known before"
+    )
+
+
+def html(found: Exploration, chosen: Mapping[str, str], *, title: str, objective: str, budget: Budget) -> str:
+    """One page: totals, the plot of time against error, layers by schemes, reasons, faults, environment."""
+    limits = ", ".join(f"{key}={value:g}" for key, value in vars(budget).items() if value is not None)
+    asked = f"Least {objective}" + (f", with {limits}" if limits else "")
+    rows = [(name, *cells) for name, cells in _totals(found, chosen)]
+    used = Counter(chosen.values())
+    verdict = ", ".join(f"{name} on {count}" for name, count in used.most_common())
+    if set(used) == {FLOAT}:
+        verdict = "float on all: no scheme is faster by more than the spread, or fits the constraints"
+    parts = [
+        f"<h1>{escape(title)}</h1>",
+        f"<p>{escape(asked)}. Chosen: {escape(verdict)}.</p>",
+        "<h2>Totals</h2>",
+        _table(("", "layers", "µs", "speed-up", "MB", "error"), rows, chosen_first=True),
+        _UNITS,
+        f"<h2>Time against error</h2>{_pareto(found, chosen)}",
+        f"<h2>Layers by schemes</h2>{_heat(found, chosen)}",
+        "<h2>Layers left alone</h2>",
+        _table(("layer", "why"), list(found.left.items())) if found.left else "<p>None.</p>",
+        "<h2>Schemes that do not fit a layer</h2>",
+        _table(("scheme", "why", "layers"), _rejections(found))
+        if any(found.rejected.values())
+        else "<p>None.</p>",
+        "<h2>Faults</h2>",
+        _table(("scheme", "from", "layer", "what happened"), _faults(found))
+        if _faults(found)
+        else "<p>None.</p>",
+        "<h2>Environment</h2>",
+        _table(("", ""), [(k, v) for k, v in found.fingerprint.items() if v]),
+    ]
+    head = f'<!doctype html><html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
+    return f"{head}<style>{_STYLE}</style><body>{''.join(parts)}</body></html>\n"
+
+
+def write(path: Path, text: str) -> None:
+    """Write ``text`` to ``path``, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _totals(found: Exploration, chosen: Mapping[str, str]) -> Iterable[tuple[str, list[str]]]:
+    uniform = found.uniform()
+    base = found.totals(uniform[FLOAT])
+
+    def cells(each: Mapping[str, str], sums: Totals) -> list[str]:
+        count = sum(name != FLOAT for name in each.values())
+        speed = base.us / sums.us if sums.us else 1.0
+        return [str(count), f"{sums.us:.1f}", f"{speed:.2f}", f"{sums.bytes / 1e6:.1f}", f"{sums.error:.4f}"]
+
+    yield "plan", cells(chosen, found.totals(chosen))
+    for name, each in sorted(uniform.items(), key=lambda item: found.totals(item[1]).us):
+        yield name, cells(each, found.totals(each))
+
+
+def _pareto(found: Exploration, chosen: Mapping[str, str]) -> str:
+    """Time against error of each uniform scheme and of the plan, as inline SVG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.6), layout="constrained")
+    axes = figure.add_subplot()
+    for name, each in found.uniform().items():
+        sums = found.totals(each)
+        axes.plot([sums.error], [sums.us], "o", color="#7a8aa0", markersize=6)
+        axes.annotate(name, (sums.error, sums.us), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    sums = found.totals(chosen)
+    axes.plot([sums.error], [sums.us], "*", color="#c0392b", markersize=15, label="the plan")
+    axes.set(xlabel="error, relative", ylabel="µs of the searched layers")
+    axes.set_xscale("symlog", linthresh=1e-3)
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    axes.grid(alpha=0.25)
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None})
+    drawn = buffer.getvalue()
+    return drawn[drawn.index("<svg") :]
+
+
+def _heat(found: Exploration, chosen: Mapping[str, str]) -> str:
+    """A row for each layer, a column for each scheme: times as fast as float, coloured; the error below."""
+    names = [FLOAT, *sorted({name for each in found.options.values() for name in each} - {FLOAT})]
+    lines = ["".join(f"<th>{escape(name)}</th>" for name in ("layer", *names))]
+    for layer, options in found.options.items():
+        cells = [f"<td>{escape(layer)}</td>"]
+        for name in names:
+            option = options.get(name)
+            if option is None:
+                reason = found.rejected.get(layer, {}).get(name, "a fault, see below")
+                cells.append(f'<td class=cell title="{escape(reason)}">–</td>')
+                continue
+            ratio = options[FLOAT].us / option.us if option.us else 1.0
+            tip = f"{option.us:.1f} ± {option.spread:.1f} µs, error {option.error:.3g}, {option.bytes} bytes"
+            best = " best" if chosen[layer] == name else ""
+            cells.append(
+                f'<td class="cell{best}" style="background:{_colour(ratio)}" title="{tip}">{ratio:.2f}'
+                f"<br><small>{option.error:.2g}</small></td>"
+            )
+        lines.append("".join(cells))
+    body = "".join(f"<tr>{line}</tr>" for line in lines)
+    note = "<p class=note>Times as fast as float; below it the error. The framed scheme is chosen.</p>"
+    return f"<div class=wide><table>{body}</table></div>{note}"
+
+
+def _colour(ratio: float) -> str:
+    """Green where faster than float, red where slower."""
+    strength = min(abs(math.log2(max(ratio, 1e-6))) / 2, 1.0) * 0.55
+    return f"rgba({'46,139,87' if ratio >= 1 else '192,57,43'},{strength:.2f})"
+
+
+def _rejections(found: Exploration) -> list[tuple[str, str, str]]:
+    """A row for each scheme and reason; reasons that differ in their numbers only are one."""
+    groups: dict[tuple[str, str], list[str]] = {}
+    for each in found.rejected.values():
+        for name, why in each.items():
+            groups.setdefault((name, re.sub(r"\d+", "#", why)), []).append(why)
+    return [(name, reasons[0], str(len(reasons))) for (name, _), reasons in sorted(groups.items())]
+
+
+def _faults(found: Exploration) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = [(f.scheme, f.distribution, f.layer, f.error) for f in found.faults]
+    return rows + [("", plugin, "", reason) for plugin, reason in found.proposals.items()]
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, chosen_first: bool = False) -> str:
+    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+    body = ""
+    for number, row in enumerate(rows):
+        mark = " class=chosen" if chosen_first and number == 0 else ""
+        body += f"<tr{mark}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>"
+    return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"

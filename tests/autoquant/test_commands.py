@@ -1,0 +1,70 @@
+"""``ao autoquant`` and ``ao plan``, on a tiny language model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+import ao_core as ao
+from ao_core.cli import main
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    transformers = pytest.importorskip("transformers", reason="needs the extra ao-core[hf]")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=96, **sizes)
+    path = tmp_path_factory.mktemp("model") / "tiny"
+    transformers.LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
+def run(*arguments: object) -> int:
+    with pytest.raises(SystemExit) as ended:
+        main(list(map(str, arguments)))
+    return ended.value.code
+
+
+def search(directory, out, *more):
+    sizes = ("--prefill", 8, "--decode", 3, "--scheme", "int8-weight-only", "--scheme", "uint4")
+    return run("autoquant", directory, "-o", out, *sizes, *more)
+
+
+def test_search_show_diff_apply(directory, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert search(directory, out, "--objective", "bytes", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["schemes"] == {"uint4": 8}
+    plan = ao.Plan.load(out / "plan.json")
+    assert plan.layers["lm_head"].evidence["calls"] == {"1": 3.0, "8": 1.0}
+    assert "<svg" in (out / "report.html").read_text("utf-8")
+    assert isinstance(ao.load(out).lm_head.weight, ao.QuantizedTensor)
+
+    assert run("plan", "show", out / "plan.json") == 0
+    assert "lm_head" in capsys.readouterr().out
+    layers = {**plan.layers, "lm_head": ao.Choice(None, reason="no")}
+    changed = ao.Plan(layers, {**plan.fingerprint, "torch": "9"})
+    changed.save(tmp_path / "other.json")
+    assert run("plan", "diff", out / "plan.json", tmp_path / "other.json", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["layers"] == {"lm_head": ["uint4", "float"]}
+
+    assert run("plan", "apply", tmp_path / "other.json", directory, "-o", tmp_path / "applied") == 0
+    assert "torch was 9" in capsys.readouterr().err
+    assert not isinstance(ao.load(tmp_path / "applied").lm_head.weight, ao.QuantizedTensor)
+
+
+def test_what_fails_says_so_and_writes_nothing(directory, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert search(directory, out, "--max-bytes", 10) == 1
+    assert "max_bytes=10 (the least reachable is" in capsys.readouterr().err
+    assert search(directory, out, "--objective", "speed") == 1
+    assert "'speed' was given" in capsys.readouterr().err
+    assert not out.exists()
+    out.mkdir()
+    (out / "mine.txt").write_text("")
+    assert search(directory, out) == 1
+    assert "holds something that ao did not save" in capsys.readouterr().err
+    (tmp_path / "bad.json").write_text('{"format": 99}')
+    assert run("plan", "show", tmp_path / "bad.json") == 1
+    assert "format 99" in capsys.readouterr().err
