@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     phases.watch(inputs.Stream, "advance", "forward of the compressed block")
     phases.watch(placement, "_move", "weights between host and device")
     phases.watch(layers, "gptq", "columns")
-    phases.watch(factor, "_damped_factor", "factorization")
+    phases.watch(factor, "damped_factor", "factorization")
     phases.watch(gptq, "choose", "parameters")
     phases.watch(layers, "_better", "rounding and errors")
     on_gpu = device.type == "cuda"

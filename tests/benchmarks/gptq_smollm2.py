@@ -23,8 +23,8 @@ import ao_core as ao
 from ao_core import metrics
 from ao_core.calibrate import Hessian
 from ao_core.calibrate.observer import Observer
+from ao_core.numerics.hessian import output_error
 from ao_core.plan import fingerprint
-from ao_gptq.gptq import output_error
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "demo"))
 

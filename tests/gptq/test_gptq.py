@@ -12,10 +12,10 @@ from torch import nn
 
 import ao_core as ao
 from ao_core.calibrate import Hessian, PairedHessian
+from ao_core.numerics.hessian import inverse_factor, output_error
 from ao_gptq.algorithm import Gptq
-from ao_gptq.factor import Factor, inverse_factor
+from ao_gptq.factor import Factor
 from ao_gptq.gptq import gptq as loop
-from ao_gptq.gptq import output_error
 from ao_gptq.layers import _aim, _shared
 from ao_gptq.ranges import choose, scales
 

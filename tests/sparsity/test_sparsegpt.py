@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import ao_core as ao
+from ao_core.numerics.hessian import output_error
 from ao_sparsity.masks import Level, least, violations
-from ao_sparsity.sparsegpt import output_error, sparsegpt
+from ao_sparsity.sparsegpt import sparsegpt
 from ao_sparsity.wanda import wanda_scores
 
 

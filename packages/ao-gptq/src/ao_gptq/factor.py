@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
-from ao_core import ModelError
-
-_LARGEST_DAMP = 10.0
+from ao_core.numerics.hessian import damped_factor
 
 
 @dataclass(frozen=True)
@@ -40,11 +37,11 @@ class Factor:
         Args:
             hessian: ``2/n Σ x xᵀ``, float32 ``[K, K]``. Columns that no input reached have a zero on the
                 diagonal, and get the others' mean.
-            percdamp: see :func:`inverse_factor`.
+            percdamp: see :func:`ao_core.numerics.hessian.inverse_factor`.
             act_order: columns with the largest inputs first; else in the weight's order.
 
         Raises:
-            ModelError: see :func:`inverse_factor`.
+            ModelError: see :func:`ao_core.numerics.hessian.inverse_factor`.
         """
         diagonal = hessian.diagonal().to(torch.float32)
         dead = diagonal == 0
@@ -60,56 +57,10 @@ class Factor:
             h.diagonal().copy_(importance[order])
             return h
 
-        upper, percdamp = _damped_factor(ordered, float(importance.mean()), percdamp)
+        upper, percdamp = damped_factor(ordered, float(importance.mean()), percdamp)
         return Factor(upper, order, importance, percdamp, int(dead.sum()), not act_order)
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:
         """``rows H⁻¹`` for ``[N, K]``, H damped; columns in the weight's order before and after."""
         solved = (rows[:, self.order] @ self.upper.t()) @ self.upper
         return torch.empty_like(solved).index_copy_(1, self.order, solved)
-
-
-def inverse_factor(hessian: torch.Tensor, percdamp: float) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor of the damped Hessian's inverse (step 3 of section 3.3).
-
-    Args:
-        hessian: float32 ``[K, K]``, symmetric, no zero on its diagonal.
-        percdamp: what is added to the diagonal, as a share of its mean. Ten times as much is tried as
-            long as the factorization fails.
-
-    Returns:
-        The factor ``[K, K]``, and the share that was added.
-
-    Raises:
-        ModelError: it fails with ten times the diagonal's mean: the Hessian is no sum of squares.
-    """
-    return _damped_factor(hessian.clone, float(hessian.diagonal().mean()), percdamp)
-
-
-def _damped_factor(
-    hessian: Callable[[], torch.Tensor], mean: float, percdamp: float
-) -> tuple[torch.Tensor, float]:
-    """:func:`inverse_factor` of what ``hessian`` makes anew for each try, and which is not kept."""
-    while percdamp <= _LARGEST_DAMP:
-        upper = _factorized([hessian()], percdamp * mean)
-        if upper is not None:
-            return upper, percdamp
-        percdamp = max(10 * percdamp, 1e-4)
-    shape = tuple(hessian().shape)
-    raise ModelError(
-        f"the Hessian {shape} has no Cholesky factor, even with {_LARGEST_DAMP:g} times its mean diagonal "
-        "added. Look for NaN or infinity in the calibration inputs."
-    )
-
-
-def _factorized(own: list[torch.Tensor], added: float) -> torch.Tensor | None:
-    """The factor of the one matrix in ``own``, which is emptied, or None; holds two matrices at a time."""
-    own[0].diagonal().add_(added)
-    lower, failed = torch.linalg.cholesky_ex(own[0])
-    own.clear()
-    if failed:
-        return None
-    inverse = torch.cholesky_inverse(lower)
-    del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if failed or not bool(torch.isfinite(upper).all()) else upper

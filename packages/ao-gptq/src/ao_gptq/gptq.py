@@ -179,14 +179,6 @@ class _Loop:
         return order.unsqueeze(1).expand(like.shape)
 
 
-def output_error(weight: torch.Tensor, rounded: torch.Tensor, hessian: torch.Tensor) -> float:
-    """``‖X W - X Ŵ‖² / ‖X W‖²`` over the inputs of ``hessian`` ``[K, K]``, for weights ``[N, K]``."""
-    w, h = weight.to(torch.float32), hessian.to(torch.float32)
-    difference = w - rounded.to(torch.float32)
-    wrong, whole = ((part @ h).mul_(part).sum() for part in (difference, w))
-    return float(wrong.clamp_min(0) / whole.clamp_min(1e-30))
-
-
 def _stacked(uppers: Sequence[torch.Tensor]) -> torch.Tensor:
     """``[B, K, K]`` without a copy of a single one."""
     return uppers[0].unsqueeze(0) if len(uppers) == 1 else torch.stack(list(uppers))

@@ -13,8 +13,9 @@ import torch
 
 from ao_core import QParams, Scheme
 from ao_core.calibrate import Hessian, PairedHessian, matrices
+from ao_core.numerics.hessian import output_error
 from ao_gptq.factor import Factor
-from ao_gptq.gptq import Rounded, gptq, output_error
+from ao_gptq.gptq import Rounded, gptq
 
 _STACK_BYTES = 1 << 28  # of Hessians of experts that go through the loop together
 

@@ -13,8 +13,9 @@ import torch
 
 from ao_core import BlockAlgorithm, OptionError, PlanError, Rule
 from ao_core.calibrate import Collector, Hessian, SquaredNorm, Stage, matrices
+from ao_core.numerics.hessian import output_error
 from ao_sparsity.masks import Level, Per, least, zeros_first
-from ao_sparsity.sparsegpt import output_error, sparsegpt
+from ao_sparsity.sparsegpt import sparsegpt
 from ao_sparsity.wanda import magnitude_scores, wanda_scores
 
 logger = logging.getLogger(__name__)

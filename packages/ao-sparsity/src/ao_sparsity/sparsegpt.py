@@ -9,10 +9,8 @@ from dataclasses import dataclass
 
 import torch
 
-from ao_core import ModelError
+from ao_core.numerics.hessian import inverse_factor
 from ao_sparsity.masks import Level, least_of_groups, quota
-
-_LARGEST_DAMP = 10.0
 
 
 @dataclass(frozen=True)
@@ -60,7 +58,7 @@ def sparsegpt(
     w, h = weight.to(torch.float32, copy=True), hessian.to(torch.float32, copy=True)
     dead = h.diagonal() == 0
     h.diagonal()[dead] = 1.0 if bool(dead.all()) else h.diagonal()[~dead].mean()
-    hinv, percdamp = _inverse_factor(h, percdamp)
+    hinv, percdamp = inverse_factor(h, percdamp)
     del h
     there = w == 0
     mask, step = there.clone(), block_size
@@ -85,14 +83,6 @@ def sparsegpt(
         w[:, start:end] = span
         w[:, end:].addmm_(errors, hinv[start:end, end:], alpha=-1)
     return Pruned(w, mask, percdamp)
-
-
-def output_error(weight: torch.Tensor, pruned: torch.Tensor, hessian: torch.Tensor) -> float:
-    """``‖X W - X Ŵ‖² / ‖X W‖²`` over the inputs of ``hessian`` ``[K, K]``, for weights ``[N, K]``."""
-    w, h = weight.float(), hessian.float()
-    difference = w - pruned.float()
-    lost, whole = ((part @ h).mul_(part).sum() for part in (difference, w))
-    return float(lost.clamp_min(0) / whole.clamp_min(1e-30))
 
 
 @dataclass(frozen=True)
@@ -136,24 +126,3 @@ def _least_of_span(
 def _by_row(flat: torch.Tensor, rows: int) -> torch.Tensor:
     """``[1, C * N]``, column by column, as ``[1, N * C]``, row by row."""
     return flat.view(-1, rows).t().reshape(1, -1)
-
-
-def _inverse_factor(hessian: torch.Tensor, percdamp: float) -> tuple[torch.Tensor, float]:
-    """The upper Cholesky factor of the damped Hessian's inverse, and the damping that it took.
-
-    Its rows are those of the inverses of the ever smaller Hessians (section 3.2, as in GPTQ).
-    """
-    mean = hessian.diagonal().mean()
-    while percdamp <= _LARGEST_DAMP:
-        damped = hessian.clone()
-        damped.diagonal().add_(percdamp * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
-        if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not failed and bool(torch.isfinite(upper).all()):
-                return upper, percdamp
-        percdamp = max(10 * percdamp, 1e-4)
-    raise ModelError(
-        f"the Hessian {tuple(hessian.shape)} has no Cholesky factor, even with {_LARGEST_DAMP:g} times its "
-        "mean diagonal added. Look for NaN or infinity in the calibration inputs."
-    )
