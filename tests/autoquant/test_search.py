@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import math
 import random
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
+from ao_autoquant import search
 from ao_autoquant.search import FLOAT, Budget, InfeasibleError, Option, solve, totals
-from ao_core import OptionError
+from ao_core import AoError, OptionError
 
 NAMES = ("float", "a", "b", "c")
 
@@ -127,3 +130,15 @@ def test_a_budget_that_is_no_number_is_refused(bad):
 def test_an_unknown_objective_is_refused():
     with pytest.raises(OptionError, match="'speed' was given"):
         solve(problem(0), objective="speed")
+
+
+def test_a_search_that_runs_out_of_time_says_so(monkeypatch, caplog):
+    options = {"a": {FLOAT: Option(2.0, 0.0, 8, 0.0), "s": Option(1.0, 0.0, 4, 0.1)}}
+    monkeypatch.setattr(search, "milp", lambda *_, **__: SimpleNamespace(x=None, status=1))
+    with pytest.raises(AoError, match="no plan was found in 60 s for 1 layers") as caught:
+        solve(options)
+    assert not isinstance(caught.value, InfeasibleError)
+    ended = SimpleNamespace(x=np.array([0.0, 1.0]), status=1, mip_gap=0.02)
+    monkeypatch.setattr(search, "milp", lambda *_, **__: ended)
+    assert solve(options) == {"a": "s"}
+    assert "may be up to 2% from the best" in caplog.text

@@ -7,6 +7,7 @@ the root mean square of the layers' relative output errors.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +23,8 @@ Objective = Literal["latency", "bytes", "error"]
 FLOAT = "float"
 _EXACT_UP_TO = 400  # variables; beyond, a plan within 0.01% of the best is taken
 _LIMIT_S = 60.0
+_OUT_OF_TIME = 1  # scipy's status
+logger = logging.getLogger(__name__)
 
 
 class InfeasibleError(AoError, ValueError):
@@ -124,6 +127,7 @@ def solve(
 
     Raises:
         InfeasibleError: no choice fits the constraints.
+        AoError: none was found within a minute.
         OptionError: an unknown objective.
     """
     checked_objective(objective)
@@ -172,7 +176,11 @@ class _Problem:
         return {name: (what, most) for name, (what, most) in found.items() if most is not None}
 
     def minimize(self, objective: str, limits: Mapping[str, tuple[str, float]]) -> dict[str, str] | None:
-        """The choice, or None if there is none."""
+        """The choice, or None if there is none.
+
+        Raises:
+            AoError: none was found in time.
+        """
         cost = self.objectives[objective]
         constraints = list(self.rows)
         for what, most in limits.values():
@@ -190,7 +198,18 @@ class _Problem:
             options={"mip_rel_gap": 0.0 if exact else 1e-4, "time_limit": _LIMIT_S},
         )
         if found.x is None:
+            if found.status == _OUT_OF_TIME:
+                raise AoError(
+                    f"no plan was found in {_LIMIT_S:g} s for {len(self.options)} layers. Search fewer "
+                    "layers or schemes, or loosen the constraints."
+                )
             return None
+        if found.status == _OUT_OF_TIME:
+            logger.warning(
+                "the search ended after %g s: its plan may be up to %.2g%% from the best",
+                _LIMIT_S,
+                100 * found.mip_gap,
+            )
         return {layer: name for (layer, name), on in zip(self.pairs, found.x, strict=True) if on > 0.5}
 
     def least(self, what: str, limits: Mapping[str, tuple[str, float]]) -> float | None:
