@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import logging
 import os
 from collections.abc import Callable
 
@@ -13,6 +14,7 @@ import torch
 from ao_core import Key
 
 TRITON, INTERPRETED = "triton", "triton_interpreted"
+logger = logging.getLogger(__name__)
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -41,7 +43,12 @@ def hopper(device: torch.device) -> bool:
         return False
     try:
         importlib.import_module("ao_kernels.device.warp_specialized")
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError) as error:
+        logger.warning(
+            "this triton lacks what the kernel for 17 to 1024 rows on Hopper needs (%s): a slower one runs. "
+            "pip install -U triton, 3.6 or newer",
+            error,
+        )
         return False
     return True
 
