@@ -52,8 +52,10 @@ def autoquant(
     from ao_autoquant import report
     from ao_autoquant.exploration import explore
     from ao_autoquant.search import Budget, checked_objective
-    from ao_core import apply_, load_model, save
+    from ao_core import apply_, load_model, parse_scheme, save
 
+    for each in scheme or ():
+        parse_scheme(each)  # a misspelt one ends here, before the model is loaded
     wanted = checked_objective(objective)
     budget = Budget(max_error, max_bytes, max_latency, min_speedup)
     _check_out(out)

@@ -36,7 +36,8 @@ class Exploration:
         calls: layer → rows → how often.
         other_bytes: of the model outside the searched layers.
         fingerprint: device and versions.
-        measured: how many numbers were measured, and ``reused``: how many were known before.
+        measured: how many numbers were measured, and ``reused``: how many equal layers shared, or were known
+            before.
     """
 
     options: dict[str, dict[str, Option]]

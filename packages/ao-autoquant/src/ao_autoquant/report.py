@@ -70,7 +70,7 @@ def show(found: Exploration, chosen: Mapping[str, str]) -> None:
         console.print(plain(f"fault: plugin {plugin}: {reason}"), soft_wrap=True)
     console.print(
         f"{len(chosen)} layers searched, {len(found.left)} left alone; "
-        f"{found.measured} numbers measured, {found.reused} known before"
+        f"{found.measured} numbers measured, {found.reused} reused (from equal layers, or known before)"
     )
 
 
