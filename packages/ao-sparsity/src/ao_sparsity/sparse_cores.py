@@ -8,6 +8,7 @@ int8, int32 ``[N, K / 32]``. Both are made and undone where the weight lies.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -109,7 +110,8 @@ def sparse_linear_reference(
     weight = undo(packed, meta, (rows, x.shape[-1]), layout)
     if scale is not None:
         return int8_product(x, weight, scale, bias)
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float()).to(x.dtype)
+    found = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    return _empty(x, packed, meta, scale, bias, rows, layout).copy_(found)
 
 
 def sparse_linear_torch(
@@ -134,7 +136,7 @@ def sparse_linear_torch(
     fused = scale is not None and layout == "cusparselt" and x.dtype == torch.bfloat16
     if scale is None:
         own = None if bias is None else bias.to(x.dtype)
-        out = _product(flat, packed, meta, layout, bias=own)
+        out = _product(flat, packed, meta, layout, bias=own, turned=True)
     elif fused:
         out = _product(flat, packed, meta, layout, alpha=scale.view(-1).float(), out_dtype=x.dtype)
     else:
@@ -157,12 +159,17 @@ def _product(
     bias: torch.Tensor | None = None,
     alpha: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    turned: bool = False,
 ) -> torch.Tensor:
-    """``flat @ weight.T`` ``[M, N]``, contiguous; M is a multiple that the layout takes."""
+    """``flat @ weight.T`` ``[M, N]``; M is a multiple that the layout takes.
+
+    ``turned``: as cuSPARSELt computes it, ``[N, M]`` in memory. It takes half as long again to write rows.
+    """
     if layout == "cusparselt":
-        return torch._cslt_sparse_mm(
-            packed, flat.t(), bias=bias, alpha=alpha, out_dtype=out_dtype, transpose_result=True
+        out = torch._cslt_sparse_mm(
+            packed, flat.t(), bias=bias, alpha=alpha, out_dtype=out_dtype, transpose_result=not turned
         )
+        return out.t() if turned else out
     assert meta is not None
     out = torch._sparse_semi_structured_mm(packed, meta, flat.t(), out_dtype=out_dtype).t().contiguous()
     return out if bias is None else out + bias
@@ -205,8 +212,22 @@ def _rejects(key: Key) -> str | None:
     return None
 
 
-def _fake(x: torch.Tensor, packed: torch.Tensor, *rest: Any) -> torch.Tensor:
-    return x.new_empty((*x.shape[:-1], rest[3]))
+def _empty(
+    x: torch.Tensor,
+    packed: torch.Tensor,
+    meta: torch.Tensor | None,
+    scale: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    rows: int,
+    layout: str,
+) -> torch.Tensor:
+    """Room for the output ``[..., N]``, in the order in which the product writes it."""
+    lead = x.shape[:-1]
+    if layout != "cusparselt" or scale is not None or not math.prod(lead):
+        return x.new_empty((*lead, rows))
+    count, multiple = math.prod(lead), _MULTIPLES[layout, packed.dtype][2]
+    room = x.new_empty(rows, (count + multiple - 1) // multiple * multiple)
+    return room.t()[:count].view(*lead, rows)
 
 
 def sparse_linear_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
@@ -231,7 +252,7 @@ SEMI_SPARSE_PACKED_LINEAR = Op(
     "semi_sparse_packed_linear",
     "(Tensor x, Tensor packed, Tensor? meta, Tensor? scale, Tensor? bias, int rows, str layout) -> Tensor",
     reference=sparse_linear_reference,
-    fake=_fake,
+    fake=_empty,
     samples=sparse_linear_samples,
 )
 KERNELS = [Kernel("semi_sparse_packed_linear", "torch", sparse_linear_torch, rejects=_rejects)]

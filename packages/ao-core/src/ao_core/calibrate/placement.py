@@ -9,6 +9,7 @@ from typing import cast
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from ao_core.errors import OptionError
 
@@ -42,25 +43,72 @@ class Placement:
         if self.device.type == "meta":
             raise OptionError("device='meta' holds no values, and blocks can't run there. Try cpu or cuda.")
         self.moves = self.device != self.home
+        self._left: dict[int, _Left] = {}  # by the storage on the device
 
     @contextmanager
     def brought(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        """Inside the block, the own tensors of each of ``modules`` lie on the device."""
+        """Inside the block, the own tensors of each of ``modules`` lie on the device.
+
+        Those that were not written to, as a tensor's version tells, are found afterwards as they lay at home,
+        without a copy. Writing through ``.data`` changes no version: write through the tensor itself.
+        """
         modules = list(modules) if self.moves else []
+        known = set(self._left)
         try:
-            _move(modules, self.device)
+            for module in modules:
+                self._bring(module)
             yield
         finally:
-            _move(modules, self.home)
+            self._return(modules)
+            for storage in set(self._left) - known:
+                del self._left[storage]
 
     def settle(self, model: nn.Module) -> None:
         """Bring whatever lies on the device back, also parameters that were put there inside a block."""
-        _move(model.modules() if self.moves else (), self.home)
+        self._return(model.modules() if self.moves else ())
+
+    def returned(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The values of ``tensor`` where the model lies."""
+        if tensor.device == self.home:
+            return tensor
+        left = None if is_traceable_wrapper_subclass(tensor) else self._left.get(_storage(tensor))
+        if left is not None and left.version == tensor._version and left.there.shape == tensor.shape:
+            return left.at_home
+        return tensor.to(self.home)
+
+    def _bring(self, module: nn.Module) -> None:
+        before = {name: tensor.detach() for name, tensor in _own(module) if not tensor.is_inference()}
+        module._apply(lambda tensor: tensor.to(self.device), recurse=False)
+        for name, tensor in _own(module):
+            at_home = before.get(name)
+            plain = at_home is not None and not is_traceable_wrapper_subclass(tensor)
+            if plain and at_home.device == self.home and tensor.device == self.device:  # type: ignore[union-attr]
+                left = _Left(at_home, tensor.detach(), tensor._version)  # type: ignore[arg-type]
+                self._left[_storage(tensor)] = left
+
+    def _return(self, modules: Iterable[nn.Module]) -> None:
+        for module in modules:
+            module._apply(self.returned, recurse=False)
 
 
-def _move(modules: Iterable[nn.Module], device: torch.device) -> None:
-    for module in modules:
-        module._apply(lambda tensor: tensor.to(device), recurse=False)
+@dataclass(frozen=True)
+class _Left:
+    """A tensor that was copied to the device: as it lies at home, its copy, and that one's version."""
+
+    at_home: torch.Tensor
+    there: torch.Tensor
+    version: int
+
+
+def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a module itself, not of those in it."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+
+
+def _storage(tensor: torch.Tensor) -> int:
+    return int(tensor.untyped_storage()._cdata)
 
 
 @dataclass
@@ -91,15 +139,15 @@ class Journal:
             entry = self._entries.pop()
             entry.module._parameters[entry.attribute] = entry.original
 
-    def settle(self, device: torch.device | None) -> None:
-        """Forget all but the first state of each parameter, and move those to ``device``. Marks expire."""
+    def settle(self, placement: Placement) -> None:
+        """Forget all but the first state of each parameter, and bring those home. Marks expire."""
         first: dict[tuple[int, str], _Entry] = {}
         for entry in self._entries:
             first.setdefault((id(entry.module), entry.attribute), entry)
         self._entries = list(first.values())
         for entry in self._entries:
-            if device is not None and entry.original is not None:
-                entry.original.data = entry.original.data.to(device)
+            if placement.moves and entry.original is not None:
+                entry.original.data = placement.returned(entry.original)
 
     def original(self, module: nn.Module, attribute: str) -> torch.Tensor:
         """The first state of a parameter; as it is now if it was never exchanged."""

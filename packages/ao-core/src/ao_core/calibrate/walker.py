@@ -180,7 +180,7 @@ class Walker:
         if isinstance(reference, BlockInputs):
             with self._as_before(before):
                 reference.advance()
-        self.journal.settle(self.placement.home if self.placement.moves else None)
+        self.journal.settle(self.placement)
 
     def _keep(
         self, number: int, before: Mapping[str, nn.Parameter], notes: Mapping[str, Mapping[str, Any]]

@@ -170,9 +170,19 @@ class QuantizedTensor(torch.Tensor):
             f"device={str(self.device)!r}, scheme={self.scheme!r})"
         )
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name != "_flat":
+            self.__dict__.pop("_flat", None)
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
-        options = tuple(self.attributes().items())
-        return list(self.stored()), (self.dtype, self.scheme, self.provider, options)
+        # A compiled model asks twice for each weight and call: kept until an attribute changes.
+        flat: tuple[list[str], tuple[Any, ...]] | None = self.__dict__.get("_flat")
+        if flat is None:
+            options = tuple(self.attributes().items())
+            flat = list(self.stored()), (self.dtype, self.scheme, self.provider, options)
+            self._flat = flat
+        return flat
 
     @classmethod
     def __tensor_unflatten__(
