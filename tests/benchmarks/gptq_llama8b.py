@@ -118,7 +118,8 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
     phases.watch(stage.Stage, "collect", "forward and Hessians")
     phases.watch(stage.Stage, "collect_pairs", "forward and Hessians")
     phases.watch(inputs.Stream, "advance", "forward of the compressed block")
-    phases.watch(placement, "_move", "weights between host and device")
+    for name in ("_bring", "_return", "returned"):
+        phases.watch(placement.Placement, name, "weights between host and device")
     phases.watch(layers, "gptq", "columns")
     phases.watch(factor, "damped_factor", "factorization")
     phases.watch(gptq, "choose", "parameters")

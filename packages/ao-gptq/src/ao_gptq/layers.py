@@ -13,7 +13,7 @@ import torch
 
 from ao_core import QParams, Scheme
 from ao_core.calibrate import Hessian, PairedHessian, matrices
-from ao_core.numerics.hessian import output_error
+from ao_core.numerics.hessian import output_errors
 from ao_gptq.factor import Factor
 from ao_gptq.gptq import Rounded, gptq
 
@@ -173,8 +173,8 @@ def _better(
     """What was solved, or plain rounding where it errs no more; both against ``aim``."""
     qparams = scheme.choose_qparams(weight)
     codes = scheme.encode(weight, qparams)
-    nearest = output_error(aim, scheme.decode(codes, qparams), hessian)
-    error = output_error(aim, scheme.decode(solved.codes, solved.qparams), hessian)
+    pairs = ((codes, qparams), (solved.codes, solved.qparams))
+    nearest, error = output_errors(aim, (scheme.decode(*pair) for pair in pairs), hessian)
     facts: dict[str, Any] = {"error_rounded": nearest, "error": error, "percdamp": factor.percdamp}
     if factor.dead:
         facts["dead_columns"] = factor.dead

@@ -11,7 +11,7 @@ from ao_core import QParams, Scheme
 
 # Of the scheme's own range; those of schemes that search themselves are near the best already.
 _FACTORS = tuple(step / 100 for step in range(64, 116, 4))
-_ELEMENTS = 1 << 22
+_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}  # at a time: on a GPU, enough to fill it
 
 
 def choose(
@@ -32,7 +32,8 @@ def choose(
         rows: how many belong to each weight; sums to N. Each is chosen for alone.
         size: columns to a group.
     """
-    step = max(_ELEMENTS // max(weight[..., :1, :].numel(), 1), 1)
+    elements = _ELEMENTS.get(weight.device.type, _ELEMENTS["cpu"])
+    step = max(elements // max(weight[..., :1, :].numel(), 1), 1)
     parts = [
         scheme.choose_qparams(piece)
         for part in weight.split(list(rows), -2)

@@ -131,7 +131,9 @@ def sparse_linear_torch(
     x_scale: torch.Tensor | None = None
     if scale is not None:
         flat, x_scale = affine.quantize_per_token(flat)
-    flat = F.pad(flat, (0, 0, 0, -count % _MULTIPLES[layout, flat.dtype][2])).contiguous()
+    if missing := -count % _MULTIPLES[layout, flat.dtype][2]:
+        flat = F.pad(flat, (0, 0, 0, missing))
+    flat = flat.contiguous()
     # Sums times the weight's scale alone could overflow in float16; bfloat16 reaches as far as float32.
     fused = scale is not None and layout == "cusparselt" and x.dtype == torch.bfloat16
     if scale is None:

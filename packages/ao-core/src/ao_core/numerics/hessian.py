@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -54,21 +54,37 @@ def damped_factor(
 
 
 def _factorized(own: list[torch.Tensor], added: float) -> torch.Tensor | None:
-    """The factor of the one matrix in ``own``, which is emptied, or None; holds two matrices at a time."""
+    """The factor of the one matrix in ``own``, which is emptied, or None; holds two matrices at a time.
+
+    With columns and rows in reverse order, ``H = L Lᵀ``; so ``H = R Rᵀ`` with the upper ``R``, ``L`` in reverse,
+    and the inverse is ``Uᵀ U`` with ``U = R⁻¹``: one factorization, and no inverse of H is formed.
+    """
     own[0].diagonal().add_(added)
+    own.append(own.pop().flip(0, 1))
     lower, failed = torch.linalg.cholesky_ex(own[0])
     own.clear()
     if failed:
         return None
-    inverse = torch.cholesky_inverse(lower)
+    inverse = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
     del lower
-    upper, failed = torch.linalg.cholesky_ex(inverse, upper=True)
-    return None if failed or not bool(torch.isfinite(upper).all()) else upper
+    upper = inverse.flip(0, 1)
+    return upper if bool(torch.isfinite(upper).all()) else None
 
 
 def output_error(weight: torch.Tensor, changed: torch.Tensor, hessian: torch.Tensor) -> float:
     """``‖X W - X Ŵ‖² / ‖X W‖²`` over the inputs of ``hessian`` ``[K, K]``, for weights ``[N, K]``."""
+    return output_errors(weight, (changed,), hessian)[0]
+
+
+def output_errors(
+    weight: torch.Tensor, changed: Iterable[torch.Tensor], hessian: torch.Tensor
+) -> list[float]:
+    """:func:`output_error` of each of ``changed``."""
     w, h = weight.to(torch.float32), hessian.to(torch.float32)
-    difference = w - changed.to(torch.float32)
-    wrong, whole = ((part @ h).mul_(part).sum() for part in (difference, w))
-    return float(wrong.clamp_min(0) / whole.clamp_min(1e-30))
+    whole = (w @ h).mul_(w).sum().clamp_min(1e-30)
+    found = []
+    for each in changed:
+        difference = w - each.to(torch.float32)
+        found.append(float((difference @ h).mul_(difference).sum().clamp_min(0) / whole))
+    return found
