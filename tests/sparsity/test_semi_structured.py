@@ -11,7 +11,12 @@ import ao_core as ao
 from ao_sparsity.linear import int8_codes, int8_linear_reference, pruned_gaussian
 from ao_sparsity.packed24 import compress, decompress
 from ao_sparsity.plugin import ao_propose_schemes
-from ao_sparsity.semi_structured import PackedSparseTensor, SemiSparse, SemiSparseTensor
+from ao_sparsity.semi_structured import (
+    PackedSparseTensor,
+    SemiSparse,
+    SemiSparseInt8Dynamic,
+    SemiSparseTensor,
+)
 from ao_sparsity.sparse_cores import lay_out, rejects_layout, sparse_linear_reference, undo
 
 
@@ -144,7 +149,8 @@ def test_the_report_says_where_it_is_slower(monkeypatch):
     scheme = SemiSparse()
     assert "up to 128 rows" in scheme.slower(weight, rows=16) and scheme.slower(weight, rows=4096) is None
     assert "up to 128 rows" in scheme.slower(weight)
-    assert len(ao_propose_schemes(fqn="0", weight=weight, sample=torch.ones(2, 2048, 64))) == 2
+    assert "2:4 int8 products" in SemiSparseInt8Dynamic().slower(weight, rows=4096)
+    assert ao_propose_schemes(fqn="0", weight=weight, sample=torch.ones(2, 2048, 64)) == [scheme]
     assert ao_propose_schemes(fqn="0", weight=weight + 1, sample=torch.ones(2, 2048, 64)) == []
 
 

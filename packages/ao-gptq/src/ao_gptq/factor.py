@@ -53,7 +53,7 @@ class Factor:
 
         def ordered() -> torch.Tensor:
             h = hessian.to(torch.float32)
-            h = h[order.unsqueeze(1), order] if act_order else h.clone()
+            h = h.index_select(0, order).index_select(1, order) if act_order else h.clone()
             h.diagonal().copy_(importance[order])
             return h
 

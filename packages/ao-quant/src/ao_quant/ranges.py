@@ -243,6 +243,8 @@ def choose(weight: Tensor, *, group_size: int, zero_point: ZeroPoint, method: Me
     groups, real = grouped(weight, group_size)
     dtype = torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
     pruned = ((groups == 0) & real).any(-1) if zero_point == "float" else None
+    if pruned is not None and not bool(pruned.any()):
+        pruned = None
     if method == "minmax":
         return exact_zero(minmax(groups.amin(-1), groups.amax(-1), zero_point, dtype), pruned)
     flat = groups.flatten(0, -3)  # [rows, G, g]

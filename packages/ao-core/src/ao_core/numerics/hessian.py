@@ -56,8 +56,8 @@ def damped_factor(
 def _factorized(own: list[torch.Tensor], added: float) -> torch.Tensor | None:
     """The factor of the one matrix in ``own``, which is emptied, or None; holds two matrices at a time.
 
-    With columns and rows in reverse order, ``H = L Lᵀ``; so ``H = R Rᵀ`` with the upper ``R``, ``L`` in reverse,
-    and the inverse is ``Uᵀ U`` with ``U = R⁻¹``: one factorization, and no inverse of H is formed.
+    With columns and rows in reverse order, ``H = L Lᵀ``; so ``H = R Rᵀ`` with the upper ``R``, ``L`` in
+    reverse, and the inverse is ``Uᵀ U`` with ``U = R⁻¹``: one factorization, and no inverse of H is formed.
     """
     own[0].diagonal().add_(added)
     own.append(own.pop().flip(0, 1))

@@ -26,7 +26,7 @@ def gptq_columns(
     c = tl.arange(0, BLOCK_C)
     upper_ptr += stack * C * C
     errors = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-    for i in range(C):
+    for i in tl.range(0, C):
         owed = tl.load(upper_ptr + c * C + i, mask=c < i, other=0.0)
         value = tl.load(w_ptr + row * C + i) - tl.sum(errors * owed[None, :], axis=1)
         group = tl.load(groups_ptr + stack * C + i)
