@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -76,6 +75,7 @@ def _device(text: str) -> torch.device:
 
 def _cells(model: str | None, shapes: list[str], kinds: list[str], rows: str, dtype: str) -> list[Cell]:
     from ao_core import OptionError
+    from ao_core.arguments import parse_rows, parse_shapes
     from ao_kernels.tiles import Cell, bucket
     from ao_kernels.tuning import KINDS
 
@@ -83,20 +83,12 @@ def _cells(model: str | None, shapes: list[str], kinds: list[str], rows: str, dt
         raise OptionError(f"--kind takes {', '.join(KINDS)}, and was given {', '.join(unknown)}.")
     if dtype not in ("bfloat16", "float16"):
         raise OptionError(f"--dtype takes bfloat16 or float16, and was given {dtype}.")
-    sizes = []
-    for text in shapes:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-        if match is None:
-            raise OptionError(f"--shape takes NxK, such as 14336x4096, and was given {text!r}.")
-        sizes.append((int(match[1]), int(match[2])))
+    sizes = parse_shapes(shapes)
     if model is not None:
         sizes += _shapes_of(model)
     if not sizes:
         raise OptionError("there is nothing to measure: give a MODEL, or --shape NxK.")
-    parts = [part.strip() for part in rows.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise OptionError(f"--rows takes whole numbers above 0, separated by commas, and was given {rows!r}.")
-    counts = sorted({bucket(int(part)) for part in parts})
+    counts = sorted({bucket(each) for each in parse_rows(rows)})
     return [Cell(kind, n, k, dtype, m) for kind in kinds for n, k in dict.fromkeys(sizes) for m in counts]
 
 
