@@ -11,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from ao_kernels.tiles import Cell
+    from ao_kernels.tiles import Cell, Tiles
+    from ao_kernels.trials import Trials
     from ao_kernels.tuning import Found
 
 
@@ -30,26 +31,50 @@ def tune(
     ] = "1,2,4,8,16,32,64,128,256,512",
     dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="To measure on.")] = "cuda",
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that compile; 0: this one.")] = None,
-    again: Annotated[bool, typer.Option(help="Measure also what was measured before.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that compile and run; 0: this one, without a limit.")
+    ] = None,
+    limit: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="After which tiles that hang are given up.")
+    ] = 60,
+    again: Annotated[
+        bool, typer.Option(help="Measure also what was measured before, and tiles that hung or crashed.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure tiles for the linears of MODEL, or for shapes, and keep the fastest for later calls."""
-    from ao_kernels import tiles, tuning
+    from ao_kernels import tiles, trials, tuning
 
     where = _device(device)
     cells = _cells(model, shape or [], kind or list(tuning.KINDS), rows, dtype)
     known = {} if again else tiles.saved(where)
     open_cells = [cell for cell in cells if cell not in known]
-    count = tuning.default_workers() if workers is None else workers
+    count = trials.default_workers() if workers is None else workers
     found = []
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(tuning.processes(count)) if count and open_cells else None
+        tried = stack.enter_context(trials.Children(count, limit)) if count else trials.Here()
         for cell in _tracked(open_cells):
-            each = tuning.search(cell, where, pool=pool, workers=count)
+            each = _searched(cell, where, tried, {} if again else tiles.faults(cell.kind, where))
             tiles.save(cell, each.tiles, each.microseconds, where)
             found.append(each)
     _show(found, len(cells) - len(open_cells), json)
+
+
+def _searched(cell: Cell, device: torch.device, tried: Trials, known: dict[str, str]) -> Found:
+    """Also keeps which tiles hang, or crash: they are not tried again."""
+    from ao_kernels import tiles, tuning
+
+    ended: dict[Tiles, str] = {}
+    try:
+        found = tuning.search(cell, device, tried, known)
+        ended = found.ended
+        return found
+    except tuning.NoTilesError as error:
+        ended = error.ended
+        raise
+    finally:
+        for each, reason in ended.items():
+            tiles.save_fault(cell.kind, each, reason, device)
 
 
 def _device(text: str) -> torch.device:
@@ -124,6 +149,7 @@ def _show(found: list[Found], skipped: int, json: bool) -> None:
                 "microseconds": each.microseconds,
                 "before": each.before,
                 "excluded": each.excluded,
+                "ended": {repr(tiles_): reason for tiles_, reason in each.ended.items()},
             }
             for each in found
         ]
@@ -139,4 +165,7 @@ def _show(found: list[Found], skipped: int, json: bool) -> None:
     console = Console()
     if found:
         console.print(table)
+    for each in found:
+        for ended, reason in each.ended.items():
+            console.print(f"given up: {ended!r} for {each.cell.kind}: {reason}", markup=False, soft_wrap=True)
     console.print(f"{len(found)} measured, {skipped} measured before; kept in {tiles.path()}", soft_wrap=True)
