@@ -20,6 +20,7 @@ import ao_core as ao
 from ao_core.arguments import parse_rows, parse_shapes
 from ao_core.kernels import KERNELS
 from ao_core.speed import FaultyError, Meter
+from ao_core.triton_support import INTERPRETED
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = {
@@ -27,13 +28,13 @@ SHAPES = {
     "cpu": ("576x576", "1536x576", "576x1536"),
 }
 ROWS = {"cuda": "1,16,128,1024", "cpu": "1,16,256"}
-INTERPRETED = "triton_interpreted"  # a matter of form: Triton's interpreter takes minutes
 pytestmark = pytest.mark.benchmark(timer=clock)
 
 
 def kernels():
     """``(op, kernel)`` of all that can be measured."""
     ops = {name: entry.item for name, entry in ao.OPS.entries().items() if entry.item.problem is not None}
+    # Interpreted kernels are a matter of form: they take minutes.
     every = [entry.item for entry in KERNELS.entries().values() if entry.item.provider != INTERPRETED]
     found = [(ops[kernel.op], kernel) for kernel in every if kernel.op in ops]
     return sorted(found, key=lambda pair: (pair[1].op, pair[1].provider))

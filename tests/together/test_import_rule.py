@@ -24,7 +24,7 @@ PROJECTS += [ROOT / "examples" / "ao-ternary"]  # a stranger keeps the same rule
 
 # What other packages may import of ao_core, beside the names in ao_core.__all__.
 PUBLIC_MODULES = re.compile(
-    r"ao_core(\.hookspecs|\.arguments|\.child|\.testing|\.calibrate|\.numerics(\.\w+)?)?"
+    r"ao_core(\.hookspecs|\.arguments|\.child|\.triton_support|\.testing|\.calibrate|\.numerics(\.\w+)?)?"
 )
 
 # Inside ao_core a module imports from the rows above its own and, where that makes no cycle, from
@@ -34,7 +34,7 @@ LAYERS = (
     {"registry", "hookspecs", "command", "arguments", "child", "progress"},
     {"numerics"},
     {"ops"},
-    {"kernels"},
+    {"kernels", "triton_support"},
     {"tensor"},
     {"scheme"},
     {"layers"},

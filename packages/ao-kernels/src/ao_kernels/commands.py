@@ -81,7 +81,7 @@ def _device(text: str) -> torch.device:
     import torch
 
     from ao_core import OptionError
-    from ao_kernels.support import interpreting
+    from ao_core.triton_support import interpreting
 
     try:
         device = torch.device(text)
