@@ -68,3 +68,21 @@ def test_what_fails_says_so_and_writes_nothing(directory, tmp_path, capsys):
     (tmp_path / "bad.json").write_text('{"format": 99}')
     assert run("plan", "show", tmp_path / "bad.json") == 1
     assert "format 99" in capsys.readouterr().err
+
+
+def test_a_plan_of_long_names_is_whole_at_80_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    long = "int8-dynamic-int4-weight:group_size=32,zero_point=integer"
+    evidence = {"us": 12345.6, "float_us": 23456.7, "error": 0.01234}
+    names = [f"model.layers.{number}.self_attn.q_proj" for number in (10, 11)]
+    layers = {name: ao.Choice(long, evidence=evidence) for name in names}
+    ao.Plan({**layers, "lm_head": ao.Choice(None, reason="it is tied")}, ao.fingerprint()).save(
+        tmp_path / "plan.json"
+    )
+    assert run("plan", "show", tmp_path / "plan.json") == 0
+    lines = [line.rstrip() for line in capsys.readouterr().out.splitlines()]
+    assert "float: it is tied" in lines
+    assert long in lines
+    assert [line.split() for line in lines if "q_proj" in line] == [
+        [name, "12345.6", "23456.7", "0.0123"] for name in names
+    ]

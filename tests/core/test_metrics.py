@@ -496,6 +496,7 @@ def test_microseconds_of_one_call():
 
 def test_sparsity_counts_zeros_of_linears_once():
     """Tied heads are the embedding's; quantized weights count as they dequantize."""
+    torch.manual_seed(0)
     model = nn.Sequential(
         nn.Embedding(10, 8), nn.Linear(8, 10, bias=False), nn.Linear(10, 3), nn.Linear(10, 3)
     )

@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from gptq_models import gaussian, hessian_of, inputs
+from small_models import gaussian, hessian_of, inputs
 
 import ao_core as ao
 from ao_gptq import columns

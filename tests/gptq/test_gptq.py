@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from gptq_models import Block, data, gaussian, hessian_of, inputs, model_of
+from small_models import Block, data, gaussian, hessian_of, inputs, model_of
 from torch import nn
 
 import ao_core as ao

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gptq_models import data, model_of
+from small_models import data, model_of
 
 import ao_core as ao
 from ao_core.calibrate import Absmax, Hessian, PairedHessian, Sample, SquaredNorm, processes
@@ -17,7 +17,7 @@ RUN = """
 import sys
 sys.path.insert(0, {folder!r})
 import torch
-from gptq_models import data, model_of
+from small_models import data, model_of
 import ao_core as ao
 from ao_core.calibrate import processes
 
@@ -42,7 +42,7 @@ with processes.started(torch.device("cpu")):
 )
 def test_two_processes_find_what_one_finds(algorithm, scheme, tmp_path):
     script = tmp_path / "run.py"
-    folder = str(Path(__file__).parent)
+    folder = str(Path(__file__).parents[1] / "helpers")
     script.write_text(
         RUN.format(folder=folder, algorithm=algorithm, scheme=scheme, out=str(tmp_path / "out"))
     )

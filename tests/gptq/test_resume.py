@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from gptq_models import data, model_of
+from small_models import data, model_of
 
 import ao_core as ao
 
@@ -19,7 +19,7 @@ RUN = """
 import sys, time
 sys.path.insert(0, {folder!r})
 import torch
-from gptq_models import data, model_of
+from small_models import data, model_of
 import ao_core as ao
 from ao_gptq.algorithm import Gptq
 
@@ -55,7 +55,10 @@ def test_kill_minus_nine_in_the_third_block(algorithms, scheme, tmp_path, monkey
     try:
         directory = tmp_path / "walk"
         script = RUN.format(
-            folder=str(Path(__file__).parent), algorithms=algorithms, scheme=scheme, directory=str(directory)
+            folder=str(Path(__file__).parents[1] / "helpers"),
+            algorithms=algorithms,
+            scheme=scheme,
+            directory=str(directory),
         )
         process = subprocess.Popen([sys.executable, "-c", script], env=os.environ)
         deadline = time.time() + 120

@@ -8,7 +8,7 @@ import types
 
 import pytest
 import torch
-from gptq_models import data, model_of
+from small_models import data, model_of
 from torch import nn
 
 import ao_core as ao

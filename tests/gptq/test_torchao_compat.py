@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from gptq_models import data, inputs, model_of
+from small_models import data, inputs, model_of
 from torch import nn
 
 import ao_core as ao

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from ao_core import AoError
-from ao_kernels import tiles, tuning, weight_linear
+from ao_kernels import tiles, trials, tuning, weight_linear
 from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized, weight_config
 from ao_kernels.tiles import Cell
 
@@ -178,53 +178,8 @@ def test_results_that_differ_from_call_to_call_exclude_tiles():
     def run(tiles):
         return torch.ones(1000) + 1e-6 * (next(calls) == 3)
 
-    assert tuning._reason(run, FEW, OnCuda(), 1e-2) == "wrong: results differ from call to call"
-    assert tuning._reason(run, FEW, OnCuda(), 1e-2) == ""
-
-
-WRONG = Few(4, 16, 1, 2, 32, 2)
-BROKEN = Few(3, 16, 1, 2, 32, 2)  # Triton wants powers of two
-
-
-@pytest.mark.parametrize("kind", tuning.KINDS)
-def test_a_search_takes_the_fastest_that_is_right(kind, monkeypatch, device):
-    cell = Cell(kind, 16, 64, "bfloat16", 1)
-    table = tuning.default(cell)
-    other = Gemm("pointers", 16, 16, 64, 4, 3, 0, 1) if kind == "int8-dynamic" else FEW
-    times = {WRONG: 1.0, BROKEN: 1.0, other: 5.0, table: 9.0}
-    monkeypatch.setattr(tuning, "candidates", lambda cell, on_hopper: [table, WRONG, BROKEN, other])
-    make = tuning._runner
-
-    def runner(cell, arguments):
-        def run(tried):
-            if tried == BROKEN:
-                raise RuntimeError("arange's range must be a power of 2")
-            running.append(tried)
-            return make(cell, arguments)(other if tried == WRONG else tried) + (tried == WRONG)
-
-        return run
-
-    def clock(calls, device, *, replays):
-        calls[0]()
-        return times[running[-1]]
-
-    running = []
-    monkeypatch.setattr(tuning, "_runner", runner)
-    monkeypatch.setattr(tuning, "microseconds", clock)
-    found = tuning.search(cell, device)
-    assert (found.tiles, found.microseconds, found.before) == (other, 5.0, 9.0)
-    assert set(found.excluded) == {repr(WRONG), repr(BROKEN)}
-    assert found.excluded[repr(WRONG)].startswith("wrong: off by")
-    assert "power of 2" in found.excluded[repr(BROKEN)]
-    times[other] = 8.95  # no more than noise: the table's stay
-    assert tuning.search(cell, device).tiles == table
-
-
-def test_no_tiles_are_right(monkeypatch, device):
-    cell = Cell("int4", 16, 64, "bfloat16", 1)
-    monkeypatch.setattr(tuning, "check", lambda cell, tried, device: ["wrong: off by 1"] * len(tried))
-    with pytest.raises(AoError, match=r"no tiles are right for Cell.*off by 1"):
-        tuning.search(cell, device)
+    assert trials._reason(run, FEW, OnCuda(), 1e-2) == "wrong: results differ from call to call"
+    assert trials._reason(run, FEW, OnCuda(), 1e-2) == ""
 
 
 def tune(*arguments, **settings):

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
+from small_models import Block, model_of
 from torch import nn
 
 import ao_core as ao
@@ -15,22 +15,6 @@ from ao_sparsity.algorithm import Wanda
 from ao_sparsity.masks import violations
 
 PRUNERS = ["magnitude", "wanda", "sparsegpt"]
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.norm = nn.LayerNorm(64)
-        self.up, self.gate, self.down = nn.Linear(64, 100), nn.Linear(64, 100), nn.Linear(100, 64)
-
-    def forward(self, x):
-        y = self.norm(x)
-        return x + self.down(F.silu(self.gate(y)) * self.up(y))
-
-
-def model_of():
-    torch.manual_seed(0)
-    return nn.Sequential(Block(), Block(), Block()).eval()
 
 
 def data(seed: int = 0):

@@ -6,14 +6,11 @@ import math
 
 import pytest
 import torch
+from small_models import gaussian
 
 import ao_core as ao
 from ao_sparsity.masks import Level, least, least_of_groups, quota, violations, zeros_first
 from ao_sparsity.wanda import magnitude_scores, wanda_scores
-
-
-def gaussian(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 @pytest.mark.parametrize(("n", "m"), [(1, 2), (2, 4), (4, 8), (3, 7), (1, 17), (4, 4)])

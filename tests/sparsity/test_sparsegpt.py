@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_models import gaussian, hessian_of, inputs
 
 import ao_core as ao
 from ao_core.numerics.hessian import output_error
 from ao_sparsity.masks import Level, least, violations
 from ao_sparsity.sparsegpt import sparsegpt
 from ao_sparsity.wanda import wanda_scores
-
-
-def gaussian(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-def inputs(columns: int, tokens: int = 700, seed: int = 0) -> torch.Tensor:
-    """Correlated columns, as activations are."""
-    mix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0)) / columns**0.5
-    rows = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(seed))
-    return rows @ (mix + torch.eye(columns) / 2)
-
-
-def hessian_of(x: torch.Tensor) -> torch.Tensor:
-    return 2 * x.t() @ x / len(x)
 
 
 def by_the_paper(weight, hessian, level, block_size):

@@ -6,14 +6,11 @@ import copy
 
 import pytest
 import torch
+from small_models import gaussian
 from torch import nn
 
 import ao_core as ao
 from ao_sparsity.torchao_compat import PerChannelNormObserver, WandaSparsifier
-
-
-def gaussian(*shape: int) -> torch.Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
 class Model(nn.Module):

@@ -23,23 +23,36 @@ PROJECTS = [*sorted(path.parent for path in ROOT.glob("packages/*/pyproject.toml
 PROJECTS += [ROOT / "examples" / "ao-ternary"]  # a stranger keeps the same rule
 
 # What other packages may import of ao_core, beside the names in ao_core.__all__.
-PUBLIC_MODULES = re.compile(r"ao_core(\.hookspecs|\.testing|\.calibrate|\.numerics(\.\w+)?)?")
+PUBLIC_MODULES = re.compile(
+    r"ao_core(\.hookspecs|\.arguments|\.child|\.triton_support|\.testing|\.calibrate|\.numerics(\.\w+)?)?"
+)
 
 # Inside ao_core a module imports from the rows above its own and, where that makes no cycle, from
 # its own row. ao_core/__init__.py joins them all and is exempt; its __version__ is for everyone.
 LAYERS = (
     {"errors"},
-    {"registry", "hookspecs", "command", "progress"},
+    {"registry", "hookspecs", "command", "arguments", "child", "progress"},
     {"numerics"},
     {"ops"},
-    {"kernels"},
+    {"kernels", "triton_support"},
     {"tensor"},
     {"scheme"},
     {"layers"},
     {"plan"},
     {"algorithm"},
     {"plugins"},
-    {"convert", "calibrate", "compress", "checkpoint", "rebuild", "shards", "metrics", "timing", "models"},
+    {
+        "convert",
+        "calibrate",
+        "compress",
+        "checkpoint",
+        "rebuild",
+        "shards",
+        "metrics",
+        "timing",
+        "speed",
+        "models",
+    },
     {"proposals"},
     {"cli", "testing"},
 )

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json as writer
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    import torch
+from ao_core.arguments import Device, Dtype, parse_device, parse_dtype
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A directory, a hub id or a GGUF file.")]
 Out = Annotated[Path, typer.Option("--out", "-o", metavar="DIR", help="Where to save.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
 PlanFile = Annotated[Path, typer.Argument(metavar="PLAN", help="A JSON file that ao wrote.")]
 
 plan = typer.Typer(help="Plans: show one, compare two, apply one.", no_args_is_help=True)
@@ -60,7 +57,7 @@ def autoquant(
     budget = Budget(max_error, max_bytes, max_latency, min_speedup)
     _check_out(out)
     _say(f"loading {model}")
-    loaded = load_model(model, dtype=_dtype(dtype), device=_device(device))
+    loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
     examples, weights = _examples(loaded, text, prefill, decode)
     found = explore(
         loaded.model, examples, weights=weights, schemes=scheme or None,
@@ -91,11 +88,13 @@ def show(path: PlanFile, json: Json = False) -> None:
     if json:
         typer.echo(found.to_json(), nl=False)
         return
-    rows = [
-        (name, each.scheme or "float", _numbers(each.evidence), each.reason)
-        for name, each in found.layers.items()
-    ]
-    _table(("layer", "scheme", "measured", "why float"), rows)
+    groups: dict[str, list[tuple[str, ...]]] = {}
+    for name, each in found.layers.items():
+        given = each.scheme or f"float: {each.reason or 'no reason is kept'}"
+        groups.setdefault(given, []).append((name, *_numbers(each.evidence)))
+    for given, rows in groups.items():
+        typer.echo(f"\n{given}")
+        _table((f"{len(rows)} layer{'s' * (len(rows) > 1)}", "µs", "float µs", "error"), rows)
     _say(", ".join(f"{key} {value}" for key, value in found.fingerprint.items() if value))
 
 
@@ -128,10 +127,10 @@ def apply(path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: D
 
     found = Plan.load(path)
     _check_out(out)
-    where = _device(device)
+    where = parse_device(device)
     if others := elsewhere(found, where):
         _say(f"warning: the plan was measured elsewhere: {'; '.join(others)}. Run ao autoquant here.")
-    loaded = load_model(model, dtype=_dtype(dtype), device=where)
+    loaded = load_model(model, dtype=parse_dtype(dtype), device=where)
     report = apply_(loaded.model, found, progress=True)
     save(loaded.model, out, plan=found, tokenizer=loaded.tokenizer)
     typer.echo(f"{len(report.converted)} layers converted, saved in {out}")
@@ -175,35 +174,10 @@ def _check_out(out: Path) -> None:
         raise CheckpointError(f"{out} holds something that ao did not save. Give a new or empty directory.")
 
 
-def _device(text: str) -> torch.device:
-    import torch
-
-    from ao_core import OptionError
-
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {text!r} can't be used: {reason}. Try cpu.") from error
-    return device
-
-
-def _dtype(text: str | None) -> torch.dtype | None:
-    import torch
-
-    from ao_core import OptionError
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if text is not None and text not in known:
-        raise OptionError(f"--dtype takes {', '.join(known)}, and was given {text!r}.")
-    return None if text is None else known[text]
-
-
-def _numbers(evidence: Any) -> str:
+def _numbers(evidence: Any) -> tuple[str, str, str]:
     if "us" not in evidence:
-        return ""
-    return f"{evidence['us']:.1f} of {evidence['float_us']:.1f} µs, error {evidence['error']:.3g}"
+        return "", "", ""
+    return f"{evidence['us']:.1f}", f"{evidence['float_us']:.1f}", f"{evidence['error']:.3g}"
 
 
 def _table(columns: tuple[str, ...], rows: Any) -> None:
@@ -211,7 +185,9 @@ def _table(columns: tuple[str, ...], rows: Any) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    table = Table(*columns, box=None, pad_edge=False)
+    table = Table(box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")  # nothing is cut
     for row in rows:
         table.add_row(*(escape(str(each)) for each in row))
     Console(highlight=False).print(table)

@@ -8,10 +8,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+Calls = Sequence[Callable[[], object]]
 
-def microseconds(
-    calls: Sequence[Callable[[], object]], device: torch.device | str, *, replays: int = 10
-) -> float:
+
+def microseconds(calls: Calls, device: torch.device | str, *, replays: int = 10) -> float:
     """How long one of ``calls`` takes, in microseconds.
 
     On CUDA: the median replay of a graph of all of them in turn, over their number. Give each call weights of
@@ -26,23 +26,62 @@ def microseconds(
     Raises:
         ValueError: no calls.
     """
-    if not calls:
-        raise ValueError("microseconds needs at least one call to time")
     device = torch.device(device)
-    if device.type == "cuda":
-        with torch.cuda.device(device):
-            return _replayed(calls, replays)
-    rounds = []
-    calls[0]()
-    for _ in range(replays):
-        start = time.perf_counter()
-        for call in calls:
+    (found,) = in_turns([Rounds(calls, device)], replays)
+    return typical(found, device)
+
+
+class Rounds:
+    """Calls that are timed together, again and again; on CUDA they are captured once, as a graph.
+
+    Args:
+        calls: see :func:`microseconds`.
+        device: where they run.
+
+    Raises:
+        ValueError: no calls.
+    """
+
+    def __init__(self, calls: Calls, device: torch.device | str) -> None:
+        if not calls:
+            raise ValueError("microseconds needs at least one call to time")
+        self.calls, self.device = calls, torch.device(device)
+        self._graph: torch.cuda.CUDAGraph | None = None
+        if self.device.type == "cuda":
+            with torch.cuda.device(self.device):
+                self._graph = _captured(calls)
+        else:
+            calls[0]()
+
+    def once(self) -> float:
+        """Microseconds of a call, the mean over all of them in turn."""
+        if self._graph is not None:
+            with torch.cuda.device(self.device):
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                start.record()
+                self._graph.replay()
+                end.record()
+                torch.cuda.synchronize()
+            return float(start.elapsed_time(end)) * 1e3 / len(self.calls)
+        begin = time.perf_counter()
+        for call in self.calls:
             call()
-        rounds.append(time.perf_counter() - start)
-    return min(rounds) / len(calls) * 1e6
+        return (time.perf_counter() - begin) / len(self.calls) * 1e6
 
 
-def _replayed(calls: Sequence[Callable[[], object]], replays: int) -> float:
+def in_turns(series: Sequence[Rounds], replays: int) -> list[list[float]]:
+    """Rounds of each, in turns, so that a slower clock hits all; on CUDA the first two do not count."""
+    extra = 2 if series[0].device.type == "cuda" else 0
+    rounds = [[each.once() for each in series] for _ in range(replays + extra)]
+    return [list(column) for column in zip(*rounds[extra:], strict=True)]
+
+
+def typical(rounds: Sequence[float], device: torch.device) -> float:
+    """The median on CUDA; on a host, which has other work to do, the fastest."""
+    return statistics.median(rounds) if device.type == "cuda" else min(rounds)
+
+
+def _captured(calls: Calls) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # kernels are compiled outside of the capture
@@ -52,12 +91,4 @@ def _replayed(calls: Sequence[Callable[[], object]], replays: int) -> float:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    times: list[float] = []
-    for _ in range(replays + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(start.elapsed_time(end) * 1e3)
-    return statistics.median(times[2:]) / len(calls)
+    return graph

@@ -2,41 +2,18 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
-import os
-
 import torch
 
-from ao_core import Key
+from ao_core import Key, triton_support
 
-TRITON, INTERPRETED = "triton", "triton_interpreted"
 _MOST_COLUMNS = 256  # errors of a program's rows and all columns are in its registers
 _ROWS = 16
 
 
-def interpreting() -> bool:
-    """Whether Triton runs kernels by an interpreter, on the CPU: ``TRITON_INTERPRET=1``, for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def providers() -> tuple[str, ...]:
-    """The names under which the kernel is registered; interpreted, it has one of its own."""
-    return (TRITON, INTERPRETED) if interpreting() else (TRITON,)
-
-
 def rejects(key: Key, *, provider: str) -> str | None:
     """Why the kernel can't run here, or None."""
-    if not _installed():
-        return "triton is not installed: pip install triton"
-    wanted = "cpu" if provider == INTERPRETED else "cuda"
-    if key.device.type != wanted:
-        return f"it runs on {wanted}, not on {key.device.type}"
-    if provider == TRITON and interpreting():
-        return "TRITON_INTERPRET is set"
-    if provider == TRITON and key.capability < (8, 0):
-        major, minor = key.capability
-        return f"it needs compute capability 8.0 or higher, and {key.device} has {major}.{minor}"
+    if reason := triton_support.rejects(key, provider):
+        return reason
     upper, table, _ = key.weights
     if key.dtype != torch.float32:
         return f"it takes float32 columns, not {key.dtype}"
@@ -64,8 +41,3 @@ def columns(
         num_warps=4,
     )  # fmt: skip
     return steps, errors
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None

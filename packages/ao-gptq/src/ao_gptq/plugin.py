@@ -27,7 +27,7 @@ def ao_register_ops() -> list[Any]:
 @hookimpl
 def ao_register_kernels() -> list[Any]:
     """The column loop in Triton, which is imported when it first runs."""
-    from ao_core import Kernel
+    from ao_core import Kernel, triton_support
     from ao_gptq import columns_triton
 
     return [
@@ -35,8 +35,8 @@ def ao_register_kernels() -> list[Any]:
             "gptq_columns",
             provider,
             columns_triton.columns,
-            priority=-1 if provider == columns_triton.INTERPRETED else 20,
+            priority=triton_support.priority(provider),
             rejects=functools.partial(columns_triton.rejects, provider=provider),
         )
-        for provider in columns_triton.providers()
+        for provider in triton_support.providers()
     ]

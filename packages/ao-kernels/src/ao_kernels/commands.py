@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,7 +11,8 @@ import typer
 if TYPE_CHECKING:
     import torch
 
-    from ao_kernels.tiles import Cell
+    from ao_kernels.tiles import Cell, Tiles
+    from ao_kernels.trials import Trials
     from ao_kernels.tuning import Found
 
 
@@ -31,33 +31,57 @@ def tune(
     ] = "1,2,4,8,16,32,64,128,256,512",
     dtype: Annotated[str, typer.Option(help="Of the activations: bfloat16 or float16.")] = "bfloat16",
     device: Annotated[str, typer.Option(help="To measure on.")] = "cuda",
-    workers: Annotated[int | None, typer.Option(min=0, help="Processes that compile; 0: this one.")] = None,
-    again: Annotated[bool, typer.Option(help="Measure also what was measured before.")] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=0, help="Processes that compile and run; 0: this one, without a limit.")
+    ] = None,
+    limit: Annotated[
+        float, typer.Option(min=1, metavar="SECONDS", help="After which tiles that hang are given up.")
+    ] = 60,
+    again: Annotated[
+        bool, typer.Option(help="Measure also what was measured before, and tiles that hung or crashed.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure tiles for the linears of MODEL, or for shapes, and keep the fastest for later calls."""
-    from ao_kernels import tiles, tuning
+    from ao_kernels import tiles, trials, tuning
 
     where = _device(device)
     cells = _cells(model, shape or [], kind or list(tuning.KINDS), rows, dtype)
     known = {} if again else tiles.saved(where)
     open_cells = [cell for cell in cells if cell not in known]
-    count = tuning.default_workers() if workers is None else workers
+    count = trials.default_workers() if workers is None else workers
     found = []
     with contextlib.ExitStack() as stack:
-        pool = stack.enter_context(tuning.processes(count)) if count and open_cells else None
+        tried = stack.enter_context(trials.Children(count, limit)) if count else trials.Here()
         for cell in _tracked(open_cells):
-            each = tuning.search(cell, where, pool=pool, workers=count)
+            each = _searched(cell, where, tried, {} if again else tiles.faults(cell.kind, where))
             tiles.save(cell, each.tiles, each.microseconds, where)
             found.append(each)
     _show(found, len(cells) - len(open_cells), json)
+
+
+def _searched(cell: Cell, device: torch.device, tried: Trials, known: dict[str, str]) -> Found:
+    """Also keeps which tiles hang, or crash: they are not tried again."""
+    from ao_kernels import tiles, tuning
+
+    ended: dict[Tiles, str] = {}
+    try:
+        found = tuning.search(cell, device, tried, known)
+        ended = found.ended
+        return found
+    except tuning.NoTilesError as error:
+        ended = error.ended
+        raise
+    finally:
+        for each, reason in ended.items():
+            tiles.save_fault(cell.kind, each, reason, device)
 
 
 def _device(text: str) -> torch.device:
     import torch
 
     from ao_core import OptionError
-    from ao_kernels.support import interpreting
+    from ao_core.triton_support import interpreting
 
     try:
         device = torch.device(text)
@@ -76,6 +100,7 @@ def _device(text: str) -> torch.device:
 
 def _cells(model: str | None, shapes: list[str], kinds: list[str], rows: str, dtype: str) -> list[Cell]:
     from ao_core import OptionError
+    from ao_core.arguments import parse_rows, parse_shapes
     from ao_kernels.tiles import Cell, bucket
     from ao_kernels.tuning import KINDS
 
@@ -83,20 +108,12 @@ def _cells(model: str | None, shapes: list[str], kinds: list[str], rows: str, dt
         raise OptionError(f"--kind takes {', '.join(KINDS)}, and was given {', '.join(unknown)}.")
     if dtype not in ("bfloat16", "float16"):
         raise OptionError(f"--dtype takes bfloat16 or float16, and was given {dtype}.")
-    sizes = []
-    for text in shapes:
-        match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-        if match is None:
-            raise OptionError(f"--shape takes NxK, such as 14336x4096, and was given {text!r}.")
-        sizes.append((int(match[1]), int(match[2])))
+    sizes = parse_shapes(shapes)
     if model is not None:
         sizes += _shapes_of(model)
     if not sizes:
         raise OptionError("there is nothing to measure: give a MODEL, or --shape NxK.")
-    parts = [part.strip() for part in rows.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise OptionError(f"--rows takes whole numbers above 0, separated by commas, and was given {rows!r}.")
-    counts = sorted({bucket(int(part)) for part in parts})
+    counts = sorted({bucket(each) for each in parse_rows(rows)})
     return [Cell(kind, n, k, dtype, m) for kind in kinds for n, k in dict.fromkeys(sizes) for m in counts]
 
 
@@ -132,6 +149,7 @@ def _show(found: list[Found], skipped: int, json: bool) -> None:
                 "microseconds": each.microseconds,
                 "before": each.before,
                 "excluded": each.excluded,
+                "ended": {repr(tiles_): reason for tiles_, reason in each.ended.items()},
             }
             for each in found
         ]
@@ -147,4 +165,7 @@ def _show(found: list[Found], skipped: int, json: bool) -> None:
     console = Console()
     if found:
         console.print(table)
+    for each in found:
+        for ended, reason in each.ended.items():
+            console.print(f"given up: {ended!r} for {each.cell.kind}: {reason}", markup=False, soft_wrap=True)
     console.print(f"{len(found)} measured, {skipped} measured before; kept in {tiles.path()}", soft_wrap=True)

@@ -28,8 +28,9 @@ def _kernels() -> Iterator[Any]:
     import torch
 
     from ao_core import Kernel, Key
+    from ao_core.triton_support import priority, providers
     from ao_kernels import float8_linear, int4_linear, int8_linear, nf4_linear
-    from ao_kernels.support import HALVES, INTERPRETED, providers, rejects
+    from ao_kernels.support import HALVES, rejects
 
     found: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
         "int4_weight_linear": (int4_linear.linear, int4_linear.misfit),
@@ -49,6 +50,6 @@ def _kernels() -> Iterator[Any]:
                 op,
                 provider,
                 fn,
-                priority=-1 if provider == INTERPRETED else 20,
+                priority=priority(provider),
                 rejects=functools.partial(rejects, provider=provider, weights=misfit, dtypes=dtypes),
             )

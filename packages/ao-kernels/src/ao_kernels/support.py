@@ -1,39 +1,19 @@
-"""Whether Triton's kernels can run, and under which provider's name."""
+"""What the Triton kernels can take: devices, activations, groups."""
 
 from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import logging
-import os
 from collections.abc import Callable
 
 import torch
 
-from ao_core import Key
+from ao_core import Key, triton_support
+from ao_core.triton_support import interpreting
 
-TRITON, INTERPRETED = "triton", "triton_interpreted"
 logger = logging.getLogger(__name__)
 HALVES = (torch.bfloat16, torch.float16)
-
-
-def interpreting() -> bool:
-    """Whether Triton runs its kernels by an interpreter, on the CPU: ``TRITON_INTERPRET=1``, for tests."""
-    return os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-
-
-def providers() -> tuple[str, ...]:
-    """The names under which the kernels are registered.
-
-    Interpreted, they go by a name of their own with a low priority: they are slower than any other kernel.
-    """
-    return (TRITON, INTERPRETED) if interpreting() else (TRITON,)
-
-
-@functools.cache
-def _installed() -> bool:
-    return importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -63,20 +43,12 @@ def rejects(
 
     Args:
         key: of the call.
-        provider: one of :func:`providers`.
+        provider: one of :func:`ao_core.triton_support.providers`.
         weights: ``weights(key)`` is a reason why they can't read the weights, or None.
         dtypes: of the activations.
     """
-    if not _installed():
-        return "triton is not installed: pip install triton"
-    wanted = "cpu" if provider == INTERPRETED else "cuda"
-    if key.device.type != wanted:
-        return f"it runs on {wanted}, not on {key.device.type}"
-    if provider == TRITON and interpreting():
-        return "TRITON_INTERPRET is set"
-    if provider == TRITON and key.capability < (8, 0):
-        major, minor = key.capability
-        return f"it needs compute capability 8.0 or higher, and {key.device} has {major}.{minor}"
+    if reason := triton_support.rejects(key, provider):
+        return reason
     if key.dtype not in dtypes:
         names = " and ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         return f"it takes {names} activations, not {key.dtype}"

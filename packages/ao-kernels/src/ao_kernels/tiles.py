@@ -37,6 +37,12 @@ CREATE TABLE IF NOT EXISTS tiles (
     rows INTEGER, tiles TEXT, microseconds REAL,
     PRIMARY KEY (device, kernels, triton, torch, kind, n, k, dtype, rows)
 )"""
+_FAULTS_SCHEMA = """
+CREATE TABLE IF NOT EXISTS faults (
+    device TEXT, kernels INTEGER, triton TEXT, torch TEXT, kind TEXT, tiles TEXT, reason TEXT,
+    PRIMARY KEY (device, kernels, triton, torch, kind, tiles)
+)"""
+_WHERE = "device = ? AND kernels = ? AND triton = ? AND torch = ?"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +95,36 @@ def save(cell: Cell, tiles: Tiles, microseconds: float, device: torch.device) ->
     Raises:
         AoError: the file can't be written, or is turned off.
     """
+    _insert("tiles", device, (*dataclasses.astuple(cell), to_text(tiles), microseconds))
+
+
+def save_fault(kind: str, tiles: Tiles, reason: str, device: torch.device) -> None:
+    """Keep that tiles hang, or crash, for weights of a kind: with these versions they are not tried again.
+
+    Raises:
+        AoError: as :func:`save`.
+    """
+    _insert("faults", device, (kind, to_text(tiles), reason))
+
+
+def faults(kind: str, device: torch.device) -> dict[str, str]:
+    """What :func:`save_fault` kept for this device with these versions: reasons by the tiles' ``repr``."""
+    file = path()
+    if file is None or not file.is_file():
+        return {}
+    _set_aside_if_unusable(file)
+    found: dict[str, str] = {}
+    with contextlib.suppress(sqlite3.OperationalError):  # a file from before there were any
+        for text, reason in _rows(
+            file, f"SELECT tiles, reason FROM faults WHERE {_WHERE} AND kind = ?",
+            (*_versions(_device_name(device)), kind),
+        ):  # fmt: skip
+            with contextlib.suppress(KeyError, TypeError, ValueError):  # tiles of a later version
+                found[repr(from_text(text))] = str(reason)
+    return found
+
+
+def _insert(table: str, device: torch.device, values: tuple[object, ...]) -> None:
     file = path()
     if file is None:
         raise AoError("AO_KERNELS_TILES=off, so tiles can't be kept. Unset it, or name a file.")
@@ -97,9 +133,10 @@ def save(cell: Cell, tiles: Tiles, microseconds: float, device: torch.device) ->
         _set_aside_if_unusable(file)
         with contextlib.closing(sqlite3.connect(file, timeout=30)) as store, store:
             store.execute(_SCHEMA)
+            store.execute(_FAULTS_SCHEMA)
             store.execute(f"PRAGMA user_version = {_FORMAT}")
-            row = (*_versions(_device_name(device)), *dataclasses.astuple(cell), _text(tiles), microseconds)
-            store.execute(f"INSERT OR REPLACE INTO tiles VALUES ({', '.join('?' * len(row))})", row)
+            row = (*_versions(_device_name(device)), *values)
+            store.execute(f"INSERT OR REPLACE INTO {table} VALUES ({', '.join('?' * len(row))})", row)
     except (OSError, sqlite3.Error) as error:
         raise AoError(
             f"can't write the tiles to {file}: {error}. Name a file that can be written in AO_KERNELS_TILES, "
@@ -135,12 +172,11 @@ def _known(device_name: str) -> dict[Cell, Tiles]:
     if not file.is_file():
         return {}
     found: dict[Cell, Tiles] = {}
-    where = "device = ? AND kernels = ? AND triton = ? AND torch = ?"
     for *cell, text in _rows(
-        file, f"SELECT kind, n, k, dtype, rows, tiles FROM tiles WHERE {where}", _versions(device_name)
+        file, f"SELECT kind, n, k, dtype, rows, tiles FROM tiles WHERE {_WHERE}", _versions(device_name)
     ):
         with contextlib.suppress(KeyError, TypeError, ValueError):  # tiles of a later version
-            found[Cell(*cell)] = _tiles(text)  # type: ignore[arg-type]
+            found[Cell(*cell)] = from_text(text)  # type: ignore[arg-type]
     return found
 
 
@@ -182,12 +218,18 @@ def _versions(device_name: str) -> tuple[str, int, str, str]:
     return device_name, KERNELS_VERSION, triton.__version__, torch.__version__
 
 
-def _text(tiles: Tiles) -> str:
+def to_text(tiles: Tiles) -> str:
+    """JSON of tiles."""
     (name,) = (name for name, each in _CLASSES.items() if type(tiles) is each)
     return json.dumps({"kernel": name, **dataclasses.asdict(tiles)}, sort_keys=True)
 
 
-def _tiles(text: object) -> Tiles:
+def from_text(text: object) -> Tiles:
+    """The tiles that :func:`to_text` wrote.
+
+    Raises:
+        KeyError, TypeError, ValueError: they are of a later version.
+    """
     fields = json.loads(str(text))
     made: Tiles = _CLASSES[fields.pop("kernel")](**fields)
     return made

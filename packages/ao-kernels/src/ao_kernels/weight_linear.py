@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from ao_core.triton_support import interpreting
 from ao_kernels import tiles
 from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Specialized, weight_config
 from ao_kernels.device import decode
@@ -20,7 +21,7 @@ from ao_kernels.device.activations import order_columns
 from ao_kernels.device.dequantize import dequantize
 from ao_kernels.device.few_rows import few_rows
 from ao_kernels.device.many_rows import add_parts, many_rows
-from ao_kernels.support import hopper, interpreting
+from ao_kernels.support import hopper
 
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
 

@@ -177,17 +177,22 @@ def _product(
     return out if bias is None else out + bias
 
 
+def _pruned(
+    n: int, k: int, seed: int, dtype: torch.dtype, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor | None, torch.dtype]:
+    """A 2:4 matrix ``[n, k]`` in ``dtype``, its scale where that is int8, the dtype of activations."""
+    weight = pruned_gaussian(n, k, seed).to(device)
+    if dtype == torch.int8:
+        return *int8_codes(weight), torch.bfloat16
+    return weight.to(dtype), None, dtype
+
+
 @functools.cache
 def _fails(layout: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why ``layout`` does not work on this device with this build of torch, tried on a small product."""
-    weight = pruned_gaussian(128, 256, 0).to(device)
-    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1)).to(device)
-    scale, bias = None, torch.ones(128, device=device)
-    if dtype == torch.int8:
-        values, scale = int8_codes(weight)
-        x, bias = x.bfloat16(), bias.bfloat16()
-    else:
-        values, x, bias = weight.to(dtype), x.to(dtype), bias.to(dtype)
+    values, scale, outer = _pruned(128, 256, 0, dtype, device)
+    x = torch.randn(9, 256, generator=torch.Generator().manual_seed(1)).to(device, outer)
+    bias = torch.ones(128, device=device, dtype=outer)
     try:
         packed, meta = lay_out(values, layout)
         if not torch.equal(undo(packed, meta, (128, 256), layout), values):
@@ -240,12 +245,8 @@ def sparse_linear_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
                 made = rejects_layout(layout, (n, k), dtype, device) is None
                 if not (made or (layout == "cutlass" and device.type == "cpu" and k % 128 == 0)):
                     continue
-                outer = torch.bfloat16 if dtype == torch.int8 else dtype
+                values, scale, outer = _pruned(n, k, k, dtype, device)
                 x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).to(device, outer)
-                weight, scale = pruned_gaussian(n, k, k).to(device), None
-                values = weight.to(dtype)
-                if dtype == torch.int8:
-                    values, scale = int8_codes(weight)
                 bias = torch.ones(n, device=device, dtype=outer) if m % 2 else None
                 yield (x, *lay_out(values, layout), scale, bias, n, layout)
 

@@ -1,11 +1,12 @@
 """Several processes that calibrate together: which batches are whose, and what they tell each other.
 
 Under ``torchrun`` each process holds the model and looks at a share of the batches. Everything goes through
-``torch.distributed``; without it, or with one process, nothing here does anything.
+``torch.distributed``, values as JSON; without it, or with one process, nothing here does anything.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -58,29 +59,50 @@ def total(count: int, device: torch.device) -> int:
     return int(found)
 
 
-def gathered(value: T) -> list[T]:
-    """A picklable value of each process, in the order of their ranks."""
-    found: list[Any] = [value] * world()
-    if world() > 1:
-        dist.all_gather_object(found, value)
-    return found
+def gathered(value: Any) -> list[Any]:
+    """A JSON-able value of each process, in the order of their ranks; tuples come back as lists.
+
+    Raises:
+        TypeError: it is not JSON-able.
+    """
+    text = json.dumps(value).encode()
+    if world() == 1:
+        return [json.loads(text)]
+    where = _device()
+    sizes = [torch.zeros(1, dtype=torch.int64, device=where) for _ in range(world())]
+    dist.all_gather(sizes, torch.tensor([len(text)], device=where))
+    counts = [int(size) for size in sizes]
+    own = torch.zeros(max(counts), dtype=torch.uint8)
+    own[: len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)
+    texts = [torch.empty_like(own, device=where) for _ in counts]
+    dist.all_gather(texts, own.to(where))
+    return [json.loads(bytes(each[:count].tolist())) for each, count in zip(texts, counts, strict=True)]
 
 
 def broadcast(tensors: dict[str, torch.Tensor] | None, source: int, device: torch.device) -> Any:
     """The named tensors of process ``source``, on ``device``; the others pass None."""
     if world() == 1:
         return tensors
-    outline: list[Any] = [None if tensors is None else {k: (t.shape, t.dtype) for k, t in tensors.items()}]
-    dist.broadcast_object_list(outline, src=source)
+    outline = gathered(
+        None
+        if tensors is None
+        else {k: (list(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in tensors.items()}
+    )[source]
     found: dict[str, torch.Tensor] = {}
-    for name, (shape, dtype) in outline[0].items():
-        tensor = torch.empty(shape, dtype=dtype, device=device)
+    for name, (shape, dtype) in outline.items():
+        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
         if tensors is not None:
             tensor.copy_(tensors[name])
         # As bytes: not every backend knows every dtype.
         dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
         found[name] = tensor
     return found
+
+
+def _device() -> torch.device:
+    """Where the processes' backend takes tensors from."""
+    nccl = dist.get_backend() == "nccl"
+    return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
 
 
 @contextmanager

@@ -107,7 +107,9 @@ class Stage:
                 break
         if self.shared:  # all must agree, also about layers that only some have seen
             found = {
-                name: group for each in reversed(processes.gathered(found)) for name, group in each.items()
+                name: tuple(group)
+                for each in reversed(processes.gathered(found))
+                for name, group in each.items()
             }
         return list(dict.fromkeys(found.values()))
 

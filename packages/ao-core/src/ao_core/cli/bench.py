@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
-import re
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ao_core.cli import output
+from ao_core.arguments import Device, Dtype, parse_device, parse_dtype, parse_rows, parse_shapes
+from ao_core.cli import output, plot
 from ao_core.cli.listing import Json
-from ao_core.cli.modelling import Device, Dtype, parse_device, parse_dtype
-from ao_core.errors import ModelError, OptionError
+from ao_core.errors import OptionError
 
 if TYPE_CHECKING:
-    import torch
-
-    from ao_core.kernels import Kernel
     from ao_core.ops import Op
+    from ao_core.speed import Meter
 
-_RING_BYTES = {"cuda": 200_000_000, "cpu": 40_000_000}  # of weights in turn: more than the caches hold
-_MOST_COPIES = 40
 _SHAPES = {"cuda": "14336x4096", "cpu": "1536x576"}
 _ROWS = {"cuda": "1,16,128,1024,4096", "cpu": "1,16,256"}
 
@@ -37,11 +31,12 @@ class Row:
         n: columns of the output.
         k: columns of the input.
         rows: of the activations.
-        float_us: microseconds of the float linear.
-        us: of the kernel; None where ``reason`` says why it was not timed.
+        float_us: microseconds of the float linear; None, as all that follows, where it was not timed.
+        us: of the kernel.
         ratio: how many times as fast as the float linear it is.
         gb_per_s: bytes that it must read and write, 10**9 a second.
         tflops: operations of the product, 10**12 a second.
+        share: of what the device reaches with a large copy or product; see :class:`ao_core.speed.Speed`.
         reason: why it was not timed.
     """
 
@@ -50,12 +45,16 @@ class Row:
     n: int
     k: int
     rows: int
-    float_us: float
+    float_us: float | None = None
     us: float | None = None
     ratio: float | None = None
     gb_per_s: float | None = None
     tflops: float | None = None
+    share: float | None = None
     reason: str | None = None
+
+
+_NUMBERS = ("float_us", "us", "ratio", "gb_per_s", "tflops", "share")
 
 
 def bench(
@@ -68,8 +67,8 @@ def bench(
     rows: Annotated[
         str | None, typer.Option(metavar="M,M,...", help="Numbers of rows of the activations.")
     ] = None,
-    plot: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Draw the ratios: .png, .svg or .html.")
+    picture: Annotated[
+        Path | None, typer.Option("--plot", metavar="FILE", help="Draw the ratios: .png, .svg or .html.")
     ] = None,
     dtype: Dtype = "bfloat16",
     device: Device = "cpu",
@@ -78,156 +77,69 @@ def bench(
     """Time every installed kernel, checked against its op's reference first, beside the float linear."""
     from ao_core.ops import OPS
     from ao_core.progress import track
+    from ao_core.speed import Meter
 
     where, kind = parse_device(device), parse_dtype(dtype)
     entries = {name: entry.item for name, entry in OPS.entries().items()}
     chosen = [OPS.get(name) for name in op] if op else [each for each in entries.values() if each.problem]
     if silent := [each.name for each in chosen if each.problem is None]:
         raise OptionError(f"op {silent[0]} makes no problem of a wanted size, so it can't be measured.")
-    sizes = [_size(text) for text in shape or [_SHAPES.get(where.type, _SHAPES["cpu"])]]
-    counts = _counts(rows or _ROWS.get(where.type, _ROWS["cpu"]))
-    if plot is not None:
-        _check_plot(plot)
+    sizes = parse_shapes(shape or [_SHAPES.get(where.type, _SHAPES["cpu"])])
+    counts = parse_rows(rows or _ROWS.get(where.type, _ROWS["cpu"]))
+    if picture is not None:
+        plot.check(picture)
     problems = [(each, n, k, m) for each in chosen for n, k in sizes for m in counts]
     assert kind is not None
+    meter = Meter(where, kind)
     found: list[Row] = []
     for each, n, k, m in track(problems, "measuring"):
-        found += _measured(each, n, k, m, kind, where)
-    if plot is not None:
-        _draw(found, plot, str(where))
+        found += _measured(meter, each, n, k, m)
+    if picture is not None:
+        plot.draw(found, picture, str(where))
     if json:
         output.as_json([asdict(row) for row in found])
         return
-    columns = ("op", "kernel", "N×K", "rows", "float µs", "µs", "ratio", "GB/s", "TFLOPS")
-    output.table("", columns, [_cells(row) for row in found if row.us is not None])
-    for row in found:
-        if row.us is None:
-            output.say(f"{row.op}, {row.provider}, {row.n}×{row.k}, {row.rows} rows: {row.reason}")
-    if plot is not None:
-        output.say(f"drawn in {plot}")
+    _show(found)
+    if picture is not None:
+        output.say(f"drawn in {picture}")
 
 
-def _size(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)
-    if match is None:
-        raise OptionError(f"--shape takes NxK, such as 14336x4096, and was given {text!r}.")
-    return int(match[1]), int(match[2])
-
-
-def _counts(text: str) -> list[int]:
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    if not parts or not all(part.isdecimal() and int(part) for part in parts):
-        raise OptionError(f"--rows takes whole numbers above 0, separated by commas, and was given {text!r}.")
-    return [int(part) for part in parts]
-
-
-def _measured(op: Op, n: int, k: int, m: int, dtype: torch.dtype, device: torch.device) -> list[Row]:
+def _measured(meter: Meter, op: Op, n: int, k: int, m: int) -> list[Row]:
     """Every kernel of ``op`` but the reference, fastest first."""
-    import torch
-    import torch.nn.functional as F
-
+    from ao_core.errors import RejectedError
     from ao_core.kernels import KERNELS
-    from ao_core.timing import microseconds
+    from ao_core.speed import FaultyError
 
-    x = torch.randn(m, k, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    ring_bytes = _RING_BYTES.get(device.type, _RING_BYTES["cpu"])
-    size = n * k * dtype.itemsize
-    copies = max(2, min(ring_bytes // size, _MOST_COPIES))
-    floats = [torch.randn(n, k, device=device, dtype=dtype) for _ in range(copies)]
-    base = microseconds([lambda w=w: F.linear(x, w) for w in floats], device)  # type: ignore[misc]
-    kernels = [e.item for e in KERNELS.entries().values() if e.item.op == op.name]
-    rows = [_row(op, kernel, x, n, base, ring_bytes) for kernel in kernels]
+    rows = []
+    for kernel in (e.item for e in KERNELS.entries().values() if e.item.op == op.name):
+        row = Row(op.name, kernel.provider, n, k, m)
+        try:
+            found = meter.kernel(op, kernel, n, k, m)
+            rows.append(replace(row, **{name: getattr(found, name) for name in _NUMBERS}))
+        except (RejectedError, FaultyError) as error:
+            rows.append(replace(row, reason=str(error)))
     return sorted(rows, key=lambda row: row.us if row.us is not None else float("inf"))
 
 
-def _row(op: Op, kernel: Kernel, x: torch.Tensor, n: int, base: float, ring_bytes: int) -> Row:
-    import torch
-
-    from ao_core.kernels import key_of
-    from ao_core.timing import microseconds
-
-    assert op.problem is not None
-    m, k = x.shape
-    arguments = op.problem(x, n, 0)
-    plain: dict[str, Any] = {
-        "op": op.name,
-        "provider": kernel.provider,
-        "n": n,
-        "k": k,
-        "rows": m,
-        "float_us": base,
-    }
-    reason = kernel.rejects(key_of(op, arguments)) or _fault(op, kernel, arguments)
-    if reason is not None:
-        return Row(**plain, reason=reason)
-    stored = sum(each.nbytes for each in arguments[1:] if isinstance(each, torch.Tensor))
-    ring = [op.problem(x, n, seed) for seed in range(max(2, min(ring_bytes // stored, _MOST_COPIES)))]
-    us = microseconds([lambda each=each: kernel.fn(*each) for each in ring], x.device)  # type: ignore[misc]
-    moved = stored + x.element_size() * m * (n + k)
-    return Row(
-        **plain, us=us, ratio=base / us, gb_per_s=moved / us / 1e3, tflops=2 * n * k * m / us / 1e6
-    )  # fmt: skip
-
-
-def _fault(op: Op, kernel: Kernel, arguments: tuple[Any, ...]) -> str | None:
-    """Why a kernel's result is not used: it fails, or differs from the reference by more than 2%."""
-    try:
-        found = kernel.fn(*arguments).double()
-    except Exception as error:  # noqa: BLE001 - a stranger's kernel: the table names it
-        return f"fails: {type(error).__name__}: {error}"
-    expected = op.reference(*arguments).double()
-    off = float((found - expected).norm() / expected.norm().clamp_min(1e-30))
-    return None if off <= 0.02 else f"wrong: off by {off:.2g} of the result"  # NaN is wrong
+def _show(found: list[Row]) -> None:
+    """A table for each op, and then why kernels are missing in it."""
+    columns = ("kernel", "N×K", "rows", "float µs", "µs", "ratio", "GB/s", "TFLOPS", "ceiling, %")
+    for op in dict.fromkeys(row.op for row in found):
+        timed = [row for row in found if row.op == op and row.us is not None]
+        if timed:
+            output.table(op, columns, [_cells(row) for row in timed])
+            output.results.print()
+    reasons: dict[tuple[str, str, str], list[str]] = {}
+    for row in found:
+        if row.reason is not None:
+            reasons.setdefault((row.op, row.provider, row.reason), []).append(f"{row.n}×{row.k}, {row.rows}")
+    for (op, provider, reason), where in reasons.items():
+        places = where[0] if len(where) == 1 else f"{len(where)} problems, the first {where[0]}"
+        output.say(f"{op}, {provider}, {places} rows: {reason}")
 
 
 def _cells(row: Row) -> list[object]:
     return [
-        row.op, row.provider, f"{row.n}×{row.k}", row.rows, f"{row.float_us:.1f}", f"{row.us:.1f}",
-        f"{row.ratio:.2f}", f"{row.gb_per_s:.0f}", f"{row.tflops:.2f}",
+        row.provider, f"{row.n}×{row.k}", row.rows, f"{row.float_us:.1f}", f"{row.us:.1f}",
+        f"{row.ratio:.2f}", f"{row.gb_per_s:.0f}", f"{row.tflops:.2f}", f"{100 * (row.share or 0):.0f}",
     ]  # fmt: skip
-
-
-def _check_plot(path: Path) -> None:
-    if path.suffix not in (".png", ".svg", ".html"):
-        raise OptionError(f"--plot draws .png, .svg or .html, and was given {path}.")
-    if not path.resolve().parent.is_dir():
-        raise ModelError(f"there is no directory {path.parent} for {path.name}.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise OptionError("--plot needs matplotlib: pip install 'ao-core[plot]'.")
-
-
-def _draw(found: list[Row], path: Path, device: str) -> None:
-    """Ratios to the float linear by number of rows: a panel for each shape, a line for each kernel."""
-    import io
-
-    from matplotlib.figure import Figure
-
-    timed = [row for row in found if row.us is not None]
-    shapes = list(dict.fromkeys((row.n, row.k) for row in timed))
-    figure = Figure(figsize=(7, 4 * max(len(shapes), 1)), layout="constrained")
-    for index, (n, k) in enumerate(shapes):
-        axes = figure.add_subplot(len(shapes), 1, index + 1)
-        lines: dict[str, list[tuple[int, float]]] = {}
-        for row in timed:
-            if (row.n, row.k) == (n, k) and row.ratio is not None:
-                lines.setdefault(f"{row.op}, {row.provider}", []).append((row.rows, row.ratio))
-        for name, points in sorted(lines.items()):
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=3, label=name)
-        axes.axhline(1, color="black", linewidth=0.8)
-        axes.set(xscale="log", yscale="log", xlabel="rows", title=f"{n}×{k} on {device}")
-        axes.set_ylabel("times as fast as float")
-        counts = sorted({row.rows for row in timed})
-        axes.set_xticks(counts, [str(each) for each in counts], minor=False)
-        axes.set_xticks([], minor=True)
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.legend(fontsize=7)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="svg" if path.suffix == ".html" else path.suffix[1:], dpi=150)
-    data = buffer.getvalue()
-    if path.suffix == ".html":
-        svg = data[data.index(b"<svg") :]
-        head = b'<!doctype html><meta charset="utf-8"><title>ao bench</title>'
-        data = head + svg
-    scratch = path.with_name(path.name + ".part")
-    scratch.write_bytes(data)
-    scratch.replace(path)

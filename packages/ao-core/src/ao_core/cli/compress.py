@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ao_core.arguments import Device, Dtype, parse_device, parse_dtype
 from ao_core.cli import output
 from ao_core.cli.listing import Json
-from ao_core.cli.modelling import Device, Dtype, Model, Verbose, parse_device, parse_dtype, show_report
+from ao_core.cli.modelling import Model, Verbose, show_report
 from ao_core.errors import OptionError
 
 if TYPE_CHECKING:

@@ -104,7 +104,7 @@ def list_kernels(
 def _explain(name: str, device: str, json: bool) -> None:
     from dataclasses import asdict
 
-    from ao_core.cli.modelling import parse_device
+    from ao_core.arguments import parse_device
     from ao_core.kernels import explain
     from ao_core.ops import OPS
 

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
+from ao_core.arguments import Device, Dtype, parse_device, parse_dtype
 from ao_core.cli import output
 from ao_core.cli.listing import Json
-from ao_core.errors import OptionError
-
-if TYPE_CHECKING:
-    import torch
 
 MODEL_HELP = "A Hugging Face directory or hub id, a GGUF file, or a directory that ao saved."
 Model = Annotated[str, typer.Argument(metavar="MODEL", help=MODEL_HELP)]
-Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; by default the model's own.")]
-Device = Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say what is done.")]
 
 
@@ -107,37 +102,6 @@ def evaluate(
         output.as_json(result)
         return
     _show_evaluation(result)
-
-
-def parse_dtype(text: str | None) -> torch.dtype | None:
-    """The torch dtype that ``text`` names, or None.
-
-    Raises:
-        OptionError: another word.
-    """
-    import torch
-
-    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if text is not None and text not in known:
-        raise OptionError(f"--dtype takes {', '.join(known)}, and was given {text!r}.")
-    return None if text is None else known[text]
-
-
-def parse_device(text: str) -> torch.device:
-    """The torch device that ``text`` names.
-
-    Raises:
-        OptionError: not a device, or one that is not present.
-    """
-    import torch
-
-    try:
-        device = torch.device(text)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise OptionError(f"--device {text!r} can't be used: {reason}. Try cpu.") from error
-    return device
 
 
 def show_report(report: Any, scheme: str, out: Path) -> None:

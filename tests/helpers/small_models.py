@@ -1,4 +1,4 @@
-"""Models and data of the GPTQ tests."""
+"""A small gated model, its inputs, and their Hessian: for tests of what is calibrated."""
 
 from __future__ import annotations
 
