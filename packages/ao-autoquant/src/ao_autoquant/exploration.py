@@ -16,8 +16,9 @@ from torch import nn
 
 from ao_autoquant.cache import Cache
 from ao_autoquant.measuring import Faulty, Measurer
-from ao_autoquant.profile import Profile, profile
+from ao_autoquant.profile import Profile, as_examples, profile
 from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, solve, totals
+from ao_autoquant.sensitivity import Measure, Sensitivity, checked_measure, sensitivity
 from ao_core import Choice, Plan, apply_, fingerprint, model_bytes, parse_scheme, propose, reporting
 
 FORMAT = 1
@@ -36,6 +37,7 @@ class Exploration:
         calls: layer → rows → how often.
         other_bytes: of the model outside the searched layers.
         fingerprint: device and versions.
+        measure: of errors: ``"output"``, ``"loss"`` or ``"kl"``, see :func:`explore`.
         measured: how many numbers were measured, and ``reused``: how many equal layers shared, or were known
             before.
     """
@@ -47,6 +49,7 @@ class Exploration:
     calls: dict[str, dict[int, float]]
     other_bytes: int
     fingerprint: dict[str, str]
+    measure: Measure = "output"
     measured: int = 0
     reused: int = 0
     proposals: dict[str, str] = field(default_factory=dict)
@@ -68,11 +71,17 @@ class Exploration:
             budget=budget,
             other_bytes=self.other_bytes,
             together=_groups(self.options, together),
+            additive=self.additive,
         )
 
     def totals(self, chosen: Mapping[str, str]) -> Totals:
         """Time, bytes and error of a choice."""
-        return totals(self.options, chosen, self.other_bytes)
+        return totals(self.options, chosen, self.other_bytes, additive=self.additive)
+
+    @property
+    def additive(self) -> bool:
+        """Whether errors are nats, which add up; else their root mean square counts."""
+        return self.measure != "output"
 
     def uniform(self) -> dict[str, dict[str, str]]:
         """Scheme → the choice that gives it to every layer that takes it, and float to the others."""
@@ -107,6 +116,7 @@ class Exploration:
         mine, base = options[name], options[FLOAT]
         evidence = {
             **asdict(mine),
+            "error_measure": self.measure,
             "float_us": base.us,
             "float_spread": base.spread,
             "float_bytes": base.bytes,
@@ -153,7 +163,8 @@ def autoquant(
         model: any module, on the device that it will run on.
         examples: its inputs, see :func:`explore`.
         objective: what to make small: ``"latency"``, ``"bytes"`` or ``"error"``.
-        max_error: root mean square over the layers of their relative output errors, at most.
+        max_error: root mean square over the layers of their relative output errors, at most; with
+            ``error="loss"`` or ``"kl"``, the nats that the plan costs, at most.
         max_bytes: of the whole model, at most.
         max_latency: microseconds of the searched layers for one run of the examples, at most.
         min_speedup: of the searched layers against float, at least.
@@ -179,6 +190,8 @@ def explore(
     *,
     weights: Sequence[float] | None = None,
     schemes: Sequence[str] | None = None,
+    error: Measure = "output",
+    calibration: Any = None,
     wanted: Callable[[nn.Module, str], bool] | None = None,
     compiled: bool = False,
     isolate: Isolate = "auto",
@@ -195,6 +208,11 @@ def explore(
         weights: how often each example runs, such as ``[1, 128]`` for a prompt and 128 decoded tokens.
         schemes: texts of the only schemes to measure; by default every installed one with its defaults, and
             what plugins propose.
+        error: how errors are measured. ``"output"``: ``|y' - y| / |y|`` of the layer's output.
+            ``"loss"``: nats that it costs the model's predictions, estimated from gradients, for each row of
+            logits. ``"kl"``: the same, measured by running the model with that layer changed. The last two
+            need a model whose output holds logits; see :mod:`ao_autoquant.sensitivity`.
+        calibration: inputs for ``"loss"`` and ``"kl"``, in the form of ``examples``; by default these.
         wanted: ``wanted(module, name)``: which linears to search.
         compiled: time the linears as ``torch.compile`` makes them.
         isolate: measure in a child process: ``"auto"``, schemes from outside the ao packages; True, all;
@@ -205,15 +223,18 @@ def explore(
 
     Raises:
         OptionError: no example, weights that don't fit, an unknown scheme's option.
-        ModelError: the model is on the meta device or has no linear to search.
+        ModelError: the model is on the meta device or has no linear to search; ``error`` needs logits, and
+            the model returns none.
 
     What the model itself raises on the examples comes through; the model is unchanged.
     """
+    checked_measure(error)
     only = None if schemes is None else {str(made): made for made in map(parse_scheme, schemes)}
+    batches = as_examples(examples if calibration is None else calibration)
     seen = profile(model, examples, weights=weights, wanted=wanted)
     return measured(
-        model, seen, only=only, compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure,
-        progress=progress,
+        model, seen, only=only, judge=sensitivity(error, model, seen.seen, batches), measure=error,
+        compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure, progress=progress,
     )  # fmt: skip
 
 
@@ -222,6 +243,8 @@ def measured(
     seen: Profile,
     *,
     only: Mapping[str, Any] | None = None,
+    judge: Sensitivity | None = None,
+    measure: Measure = "output",
     compiled: bool = False,
     isolate: Isolate = "auto",
     limit_s: float = 60.0,
@@ -232,7 +255,9 @@ def measured(
     options: dict[str, dict[str, Option]] = {}
     rejected: dict[str, dict[str, str]] = {}
     proposals: dict[str, str] = {}
-    measurer = Measurer(Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s)
+    measurer = Measurer(
+        Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s, sensitivity=judge
+    )
     with measurer, torch.no_grad(), reporting("measuring", enabled=progress) as show:
         for done, (name, each) in enumerate(seen.seen.items()):
             show(done, len(seen.seen))
@@ -255,6 +280,7 @@ def measured(
         calls={name: each.calls for name, each in seen.seen.items()},
         other_bytes=model_bytes(model).total - searched,
         fingerprint=_fingerprint(model),
+        measure=measure,
         measured=measurer.measured,
         reused=measurer.reused,
         proposals=proposals,

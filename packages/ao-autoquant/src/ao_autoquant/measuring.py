@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ from ao_autoquant.cache import Cache
 from ao_autoquant.measure import FaultError, Quality, Time
 from ao_autoquant.profile import Seen
 from ao_autoquant.search import FLOAT, Option
+from ao_autoquant.sensitivity import Sensitivity
 from ao_autoquant.worker import Worker
-from ao_core import KERNELS, RejectedError, Scheme, fingerprint, scheme_source
+from ao_core import KERNELS, ModelError, RejectedError, Scheme, fingerprint, scheme_source
 
 OWN = ("ao-quant", "ao-sparsity", "ao-kernels", "ao-gptq")
 """Distributions whose schemes are measured in this process."""
@@ -44,7 +46,16 @@ class Faulty:
 class Measurer:
     """Holds what one search knows. A context: its child process ends with the block."""
 
-    def __init__(self, cache: Cache, *, compiled: bool, isolate: str | bool, limit_s: float) -> None:
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        compiled: bool,
+        isolate: str | bool,
+        limit_s: float,
+        sensitivity: Sensitivity | None = None,
+    ) -> None:
+        self.sensitivity = sensitivity
         self.cache, self.compiled, self.isolate = cache, compiled, isolate
         self.faults: dict[tuple[str, str], Faulty] = {}
         self.measured = self.reused = 0
@@ -76,18 +87,36 @@ class Measurer:
                 continue
             try:
                 quality, times = self._one(text, scheme, weight, sample, seen, values)
-            except RejectedError as error:
-                rejected[text] = str(error)
+                error = self._error(name, text, scheme, seen, quality)
+            except RejectedError as refusal:
+                rejected[text] = str(refusal)
                 continue
-            except Exception as error:
-                if scheme is None:
+            except Exception as fault:
+                if scheme is None or isinstance(fault, ModelError):
                     raise
-                self._note(text, scheme, name, error)
+                self._note(text, scheme, name, fault)
                 continue
             us = sum(times[rows].us * count for rows, count in seen.calls.items())
             spread = sum(times[rows].spread * count for rows, count in seen.calls.items())
-            made[text] = Option(us, spread, quality.bytes, quality.error)
+            made[text] = Option(us, spread, quality.bytes, error)
         return made
+
+    def _error(self, name: str, text: str, scheme: Scheme | None, seen: Seen, quality: Quality) -> float:
+        """What the search counts as the error of a candidate that could be measured."""
+        if self.sensitivity is None or scheme is None:
+            return quality.error
+        about = self._about(text, scheme, seen.layer.weight, seen)
+        key = {**about, **self.sensitivity.key, **self._versions, "layer": name}
+        known = self.cache.get(key)
+        self.reused += known is not None
+        if known is None:
+            found = self.sensitivity.increase(name, seen.layer.quantize(scheme))
+            if not math.isfinite(found):
+                raise FaultError("the model's predictions with it hold NaN or infinity")
+            known = {"nats": found}
+            self.measured += 1
+            self.cache.put(key, known)
+        return float(known["nats"])
 
     def _one(
         self,

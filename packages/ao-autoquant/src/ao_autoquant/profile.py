@@ -200,7 +200,7 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return value.detach().to(device) if isinstance(value, torch.Tensor) else value
 
 
 def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
