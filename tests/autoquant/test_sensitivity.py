@@ -188,7 +188,12 @@ def test_an_exchanged_weight_comes_back(classifier, stop):
     model, _ = classifier
     layer = ao.find_layers(model).replaceable["2"]
     before, order = model[2].weight, list(model[2]._parameters)
-    with pytest.raises(stop), exchanged([(layer, torch.zeros(48, 64))]):
-        assert bool((model[2].weight == 0).all())
-        raise stop
+
+    def interrupted():
+        with exchanged([(layer, torch.zeros(48, 64))]):
+            assert bool((model[2].weight == 0).all())
+            raise stop
+
+    with pytest.raises(stop):
+        interrupted()
     assert model[2].weight is before and list(model[2]._parameters) == order

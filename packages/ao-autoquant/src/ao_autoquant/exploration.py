@@ -1,4 +1,4 @@
-"""``autoquant``: profile a model, measure candidates, choose, and return a plan."""
+"""``explore``: profile a model and measure candidates; plans for any budget come from what was found."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ao_autoquant.measuring import Faulty, Measurer
 from ao_autoquant.profile import Profile, as_examples, profile
 from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, solve, totals
 from ao_autoquant.sensitivity import Measure, Sensitivity, checked_measure, sensitivity
-from ao_core import Choice, Plan, apply_, fingerprint, model_bytes, parse_scheme, propose, reporting
+from ao_core import Choice, Plan, fingerprint, model_bytes, parse_scheme, propose, reporting
 
 FORMAT = 1
 Isolate = Literal["auto"] | bool
@@ -140,48 +140,6 @@ class Exploration:
             temporary.replace(target)
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def autoquant(
-    model: nn.Module,
-    examples: Any,
-    *,
-    objective: Objective = "latency",
-    max_error: float | None = None,
-    max_bytes: float | None = None,
-    max_latency: float | None = None,
-    min_speedup: float | None = None,
-    together: Sequence[Sequence[str]] = (),
-    apply: bool = False,
-    **options: Any,
-) -> Plan:
-    """Measure every installed scheme on every linear of ``model`` and return the best plan.
-
-    ``model`` is unchanged unless ``apply`` is true.
-
-    Args:
-        model: any module, on the device that it will run on.
-        examples: its inputs, see :func:`explore`.
-        objective: what to make small: ``"latency"``, ``"bytes"`` or ``"error"``.
-        max_error: root mean square over the layers of their relative output errors, at most; with
-            ``error="loss"`` or ``"kl"``, the nats that the plan costs, at most.
-        max_bytes: of the whole model, at most.
-        max_latency: microseconds of the searched layers for one run of the examples, at most.
-        min_speedup: of the searched layers against float, at least.
-        together: groups of patterns whose layers get the same scheme, such as
-            ``[["*.q_proj", "*.k_proj", "*.v_proj"]]``.
-        apply: also convert the model along the plan.
-        **options: of :func:`explore`.
-
-    Raises:
-        InfeasibleError: no plan fits; says which constraint, and what is reachable.
-        OptionError, ModelError: as for :func:`explore`.
-    """
-    budget = Budget(max_error, max_bytes, max_latency, min_speedup)
-    plan = explore(model, examples, **options).plan(objective, budget, together)
-    if apply and any(choice.scheme for choice in plan.layers.values()):
-        apply_(model, plan)
-    return plan
 
 
 def explore(

@@ -34,7 +34,7 @@ def logits_of(output: Any) -> torch.Tensor:
         raise ModelError(f"the model returned {type(output).__name__}, which holds no tensor. {advice}")
     if not found.is_floating_point() or found.ndim < 2 or found.shape[-1] < 2:
         raise ModelError(
-            f"the model returned {found.dtype} {tuple(found.shape)}, which are no logits [..., classes]. {advice}"
+            f"the model returned {found.dtype} {tuple(found.shape)}, and no logits [..., classes]. {advice}"
         )
     values = found.detach()
     if not bool(torch.isfinite(values).all()):
@@ -104,9 +104,9 @@ def frozen(model: nn.Module) -> Iterator[None]:
     """No parameter requires a gradient inside; each is put back as it was."""
     wanted = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in wanted:
-        parameter.requires_grad_(False)
+        parameter.requires_grad = False
     try:
         yield
     finally:
         for parameter in wanted:
-            parameter.requires_grad_(True)
+            parameter.requires_grad = True

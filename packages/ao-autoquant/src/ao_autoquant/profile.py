@@ -154,7 +154,7 @@ def profile(
         ModelError: nothing to search, see :class:`Recorder`.
     """
     batches = as_examples(examples)
-    counts = _weights(weights, len(batches))
+    counts = example_weights(weights, len(batches))
     recorder = Recorder(model, wanted)
     try:
         with evaluating(model), torch.no_grad():
@@ -203,7 +203,12 @@ def _moved(value: Any, device: torch.device) -> Any:
     return value.detach().to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def example_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """How often each of ``count`` examples runs; once by default.
+
+    Raises:
+        OptionError: another number of weights, or one that is not positive.
+    """
     if weights is None:
         return [1.0] * count
     found = [float(each) for each in weights]

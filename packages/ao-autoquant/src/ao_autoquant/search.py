@@ -241,9 +241,7 @@ class _Problem:
             self.objectives[objective] = held
         if chosen is None:
             return None
-        found: float = getattr(
-            totals(self.options, chosen, self.other_bytes, additive=self.additive), what
-        )
+        found: float = getattr(totals(self.options, chosen, self.other_bytes, additive=self.additive), what)
         return found
 
     def _one_each(self) -> list[LinearConstraint]:

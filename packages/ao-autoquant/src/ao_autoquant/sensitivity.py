@@ -14,8 +14,7 @@ Both add up over layers, as far as the errors of different layers are independen
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import chain
@@ -25,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ao_autoquant.exchange import exchanged
 from ao_autoquant.logits import divergence, frozen, logits_of, predictions, rows_that_count
 from ao_autoquant.measure import digest
 from ao_autoquant.profile import Seen, evaluating, run
@@ -241,26 +241,6 @@ class Divergence:
 
     def _predicted(self, batch: Any) -> torch.Tensor:
         return rows_that_count(batch, predictions(self.model, batch))
-
-
-@contextmanager
-def exchanged(weights: Iterable[tuple[Layer, torch.Tensor]]) -> Iterator[None]:
-    """Each layer with another weight inside; afterwards, whatever happens, with the very one it had."""
-    pairs = list(weights)
-    before = [
-        (module, attribute, module._parameters[attribute])
-        for layer, _ in pairs
-        for module, attribute in layer.owners
-    ]
-    try:
-        for layer, weight in pairs:
-            parameter = nn.Parameter(weight, requires_grad=False)
-            for module, attribute in layer.owners:
-                module._parameters[attribute] = parameter
-        yield
-    finally:
-        for module, attribute, own in before:
-            module._parameters[attribute] = own
 
 
 def bounded(model: nn.Module, batches: Sequence[Any], rows: int) -> list[tuple[Any, int]]:

@@ -76,21 +76,25 @@ class Plan:
     Attributes:
         layers: layer name → choice, sorted by name.
         fingerprint: device and versions that it was made with.
+        evidence: what was measured of the plan as a whole, JSON-able.
     """
 
     layers: Mapping[str, Choice]
     fingerprint: Mapping[str, str] = field(default_factory=lambda: fingerprint())  # noqa: PLW0108 - defined below
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
 
     def to_json(self) -> str:
         """The plan as JSON text, sorted and indented so that plans can be compared line by line."""
-        data = {
+        data: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": dict(self.fingerprint),
             "layers": {name: asdict(choice) for name, choice in self.layers.items()},
         }
+        if self.evidence:
+            data["evidence"] = dict(self.evidence)
         return json.dumps(data, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -108,7 +112,7 @@ class Plan:
                     "Make the plan again, or install the version that wrote it."
                 )
             layers = {name: Choice(**choice) for name, choice in data["layers"].items()}
-            return cls(layers, data["fingerprint"])
+            return cls(layers, data["fingerprint"], data.get("evidence", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
