@@ -173,8 +173,8 @@ def explore(
         calibration: inputs for ``"loss"`` and ``"kl"``, in the form of ``examples``; by default these.
         wanted: ``wanted(module, name)``: which linears to search.
         compiled: time the linears as ``torch.compile`` makes them.
-        isolate: measure in a child process: ``"auto"``, schemes from outside the ao packages; True, all;
-            False, none.
+        isolate: measure in a child process: ``"auto"``, what was not measured on that shape before; True,
+            all; False, nothing.
         limit_s: seconds that one candidate may take in the child.
         remeasure: measure again what the cache knows.
         progress: show a bar.

@@ -50,13 +50,17 @@ class FaultError(Exception):
 
 
 def quality(
-    scheme: Scheme, weight: torch.Tensor, sample: torch.Tensor, bias: torch.Tensor | None
+    scheme: Scheme | None, weight: torch.Tensor, sample: torch.Tensor, bias: torch.Tensor | None
 ) -> tuple[Quality, torch.Tensor]:
     """Quantize ``weight`` ``[N, K]`` and compare outputs for ``sample`` ``[rows, K]``; also the weight.
+
+    Without a scheme, of float.
 
     Raises:
         FaultError: the outputs have another shape or dtype, or hold NaN or infinity.
     """
+    if scheme is None:
+        return Quality(0.0, weight.nbytes), weight
     quantized = scheme.quantize(weight)
     exact = F.linear(sample, weight, bias)
     found = F.linear(sample, quantized, bias)

@@ -18,10 +18,7 @@ from ao_autoquant.profile import Seen
 from ao_autoquant.search import FLOAT, Option
 from ao_autoquant.sensitivity import Sensitivity
 from ao_autoquant.worker import Worker
-from ao_core import KERNELS, ModelError, RejectedError, Scheme, fingerprint, scheme_source
-
-OWN = ("ao-quant", "ao-sparsity", "ao-kernels", "ao-gptq")
-"""Distributions whose schemes are measured in this process."""
+from ao_core import KERNELS, AoError, ModelError, RejectedError, Scheme, fingerprint, scheme_source
 
 
 @dataclass(frozen=True)
@@ -44,7 +41,12 @@ class Faulty:
 
 
 class Measurer:
-    """Holds what one search knows. A context: its child process ends with the block."""
+    """Holds what one search knows. A context: its child process ends with the block.
+
+    Whoever it comes from, a scheme's first measurement on a shape is made in a child process; what came back
+    from there once, in this search or an earlier one, is safe to run here. So is float measured, for the two
+    to be compared.
+    """
 
     def __init__(
         self,
@@ -86,8 +88,8 @@ class Measurer:
             if text in self._broken:
                 continue
             try:
-                quality, times = self._one(text, scheme, weight, sample, seen, values)
-                error = self._error(name, text, scheme, seen, quality)
+                quality, times, used = self._one(text, scheme, weight, sample, seen, values)
+                error = self._error(name, text, scheme, seen, quality, used)
             except RejectedError as refusal:
                 rejected[text] = str(refusal)
                 continue
@@ -101,7 +103,15 @@ class Measurer:
             made[text] = Option(us, spread, quality.bytes, error)
         return made
 
-    def _error(self, name: str, text: str, scheme: Scheme | None, seen: Seen, quality: Quality) -> float:
+    def _error(
+        self,
+        name: str,
+        text: str,
+        scheme: Scheme | None,
+        seen: Seen,
+        quality: Quality,
+        used: torch.Tensor | None,
+    ) -> float:
         """What the search counts as the error of a candidate that could be measured."""
         if self.sensitivity is None or scheme is None:
             return quality.error
@@ -110,7 +120,7 @@ class Measurer:
         known = self.cache.get(key)
         self.reused += known is not None
         if known is None:
-            found = self.sensitivity.increase(name, seen.layer.quantize(scheme))
+            found = self.sensitivity.increase(name, seen.layer.quantize(scheme) if used is None else used)
             if not math.isfinite(found):
                 raise FaultError("the model's predictions with it hold NaN or infinity")
             known = {"nats": found}
@@ -126,7 +136,8 @@ class Measurer:
         sample: torch.Tensor,
         seen: Seen,
         values: Mapping[str, str],
-    ) -> tuple[Quality, dict[int, Time]]:
+    ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
+        """Error, times, and the quantized weight if it was made here."""
         rows = sorted(seen.calls)
         common = {**self._about(text, scheme, weight, seen)}
         keys = {count: {"what": "time", "rows": count, **common, **self._versions} for count in rows}
@@ -136,13 +147,13 @@ class Measurer:
         self.reused += len(times) + (known is not None)
         missing = [count for count in rows if count not in times]
         if known is not None and not missing:
-            return Quality(**known), times
-        quality, fresh = self._measure(text, scheme, weight, sample, seen.bias, missing)
+            return Quality(**known), times, None
+        quality, fresh, used = self._measure(text, scheme, weight, sample, seen.bias, missing)
         self.measured += len(fresh) + (known is None)
         self.cache.put(quality_key, measure.as_dict(quality))
         for count, time in fresh.items():
             self.cache.put(keys[count], measure.as_dict(time))
-        return quality, times | fresh
+        return quality, times | fresh, used
 
     def _measure(
         self,
@@ -152,20 +163,21 @@ class Measurer:
         sample: torch.Tensor,
         bias: torch.Tensor | None,
         rows: list[int],
-    ) -> tuple[Quality, dict[int, Time]]:
-        if scheme is None:
-            quality, used = Quality(0.0, weight.nbytes), weight
-        elif self._isolated(scheme):
-            return self._worker.measure(text, weight, sample, bias, rows, compiled=self.compiled)
-        else:
-            quality, used = measure.quality(scheme, weight, sample, bias)
-        return quality, {n: measure.timed(used, sample, n, bias, compiled=self.compiled) for n in rows}
-
-    def _isolated(self, scheme: Scheme) -> bool:
-        if isinstance(self.isolate, bool):
-            return self.isolate
-        source = scheme_source(scheme)
-        return source is not None and source.distribution not in OWN
+    ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
+        if self.isolate is True or (self.isolate == "auto" and rows):
+            try:
+                asked = None if scheme is None else text
+                found = self._worker.measure(asked, weight, sample, bias, rows, compiled=self.compiled)
+            except FaultError as error:
+                if scheme is not None:
+                    raise
+                raise AoError(
+                    f"float itself could not be measured in a child process: {error}. Give isolate=False to "
+                    "measure in this one."
+                ) from error
+            return *found, None
+        quality, used = measure.quality(scheme, weight, sample, bias)
+        return quality, {n: measure.timed(used, sample, n, bias, compiled=self.compiled) for n in rows}, used
 
     def _about(self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen) -> dict[str, Any]:
         source = None if scheme is None else scheme_source(scheme)
