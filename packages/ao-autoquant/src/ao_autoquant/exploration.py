@@ -15,13 +15,13 @@ import torch
 from torch import nn
 
 from ao_autoquant.cache import Cache
+from ao_autoquant.known import FORMAT, known_from, load
 from ao_autoquant.measuring import Faulty, Measurer
 from ao_autoquant.profile import Profile, as_examples, profile
 from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, solve, totals
-from ao_autoquant.sensitivity import Measure, Sensitivity, checked_measure, sensitivity
-from ao_core import Choice, Plan, fingerprint, model_bytes, parse_scheme, propose, reporting
+from ao_autoquant.sensitivity import Measure, Sensitivity, checked_measure, sensitivity, source_of
+from ao_core import Choice, Plan, PlanError, fingerprint, model_bytes, parse_scheme, propose, reporting
 
-FORMAT = 1
 Isolate = Literal["auto"] | bool
 
 
@@ -37,6 +37,7 @@ class Exploration:
         calls: layer → rows → how often.
         other_bytes: of the model outside the searched layers.
         fingerprint: device and versions.
+        source: changes with all that errors depend on: the model's values, the inputs, how they are measured.
         measure: of errors: ``"output"``, ``"loss"`` or ``"kl"``, see :func:`explore`.
         measured: how many numbers were measured, and ``reused``: how many equal layers shared, or were known
             before.
@@ -50,6 +51,7 @@ class Exploration:
     other_bytes: int
     fingerprint: dict[str, str]
     measure: Measure = "output"
+    source: str = ""
     measured: int = 0
     reused: int = 0
     proposals: dict[str, str] = field(default_factory=dict)
@@ -117,6 +119,7 @@ class Exploration:
         evidence = {
             **asdict(mine),
             "error_measure": self.measure,
+            "source": self.source,
             "float_us": base.us,
             "float_spread": base.spread,
             "float_bytes": base.bytes,
@@ -130,6 +133,18 @@ class Exploration:
     def to_json(self) -> str:
         """The measurements as JSON text."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Exploration:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PlanError: the file can't be read, or holds something else.
+        """
+        found = load(path)
+        if not isinstance(found, cls):
+            raise PlanError(f"{path} is a plan, and no exploration. Give what Exploration.save wrote.")
+        return found
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_json` to ``path``, whole or not at all."""
@@ -150,6 +165,7 @@ def explore(
     schemes: Sequence[str] | None = None,
     error: Measure = "output",
     calibration: Any = None,
+    known: Plan | Exploration | None = None,
     wanted: Callable[[nn.Module, str], bool] | None = None,
     compiled: bool = False,
     isolate: Isolate = "auto",
@@ -171,6 +187,9 @@ def explore(
             logits. ``"kl"``: the same, measured by running the model with that layer changed. The last two
             need a model whose output holds logits; see :mod:`ao_autoquant.sensitivity`.
         calibration: inputs for ``"loss"`` and ``"kl"``, in the form of ``examples``; by default these.
+        known: what an earlier search found, perhaps on another device: an exploration, or a plan (which holds
+            the chosen schemes only). Its errors are not measured again if they were measured in the same way
+            on this model and these inputs, its times not if they were measured on this device.
         wanted: ``wanted(module, name)``: which linears to search.
         compiled: time the linears as ``torch.compile`` makes them.
         isolate: measure in a child process: ``"auto"``, what was not measured on that shape before; True,
@@ -190,9 +209,11 @@ def explore(
     only = None if schemes is None else {str(made): made for made in map(parse_scheme, schemes)}
     batches = as_examples(examples if calibration is None else calibration)
     seen = profile(model, examples, weights=weights, wanted=wanted)
+    source = source_of(model, error, as_examples(examples), batches)
     return measured(
-        model, seen, only=only, judge=sensitivity(error, model, seen.seen, batches), measure=error,
-        compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure, progress=progress,
+        model, seen, only=only, judge=sensitivity(error, model, seen.seen, batches, source), measure=error,
+        source=source, known=known, compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure,
+        progress=progress,
     )  # fmt: skip
 
 
@@ -203,6 +224,8 @@ def measured(
     only: Mapping[str, Any] | None = None,
     judge: Sensitivity | None = None,
     measure: Measure = "output",
+    source: str = "",
+    known: Plan | Exploration | None = None,
     compiled: bool = False,
     isolate: Isolate = "auto",
     limit_s: float = 60.0,
@@ -213,9 +236,11 @@ def measured(
     options: dict[str, dict[str, Option]] = {}
     rejected: dict[str, dict[str, str]] = {}
     proposals: dict[str, str] = {}
+    place = _fingerprint(model)
     measurer = Measurer(
-        Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s, sensitivity=judge
-    )
+        Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s, sensitivity=judge,
+        known=known_from(known, place, source),
+    )  # fmt: skip
     with measurer, torch.no_grad(), reporting("measuring", enabled=progress) as show:
         for done, (name, each) in enumerate(seen.seen.items()):
             show(done, len(seen.seen))
@@ -237,8 +262,9 @@ def measured(
         left=seen.left,
         calls={name: each.calls for name, each in seen.seen.items()},
         other_bytes=model_bytes(model).total - searched,
-        fingerprint=_fingerprint(model),
+        fingerprint=place,
         measure=measure,
+        source=source,
         measured=measurer.measured,
         reused=measurer.reused,
         proposals=proposals,

@@ -56,8 +56,9 @@ class Measurer:
         isolate: str | bool,
         limit_s: float,
         sensitivity: Sensitivity | None = None,
+        known: Any = None,
     ) -> None:
-        self.sensitivity = sensitivity
+        self.sensitivity, self.known = sensitivity, known
         self.cache, self.compiled, self.isolate = cache, compiled, isolate
         self.faults: dict[tuple[str, str], Faulty] = {}
         self.measured = self.reused = 0
@@ -87,6 +88,10 @@ class Measurer:
         for text, scheme in {FLOAT: None, **schemes}.items():
             if text in self._broken:
                 continue
+            if self.known is not None and (whole := self.known.whole(name, text, seen.calls)):
+                made[text] = whole
+                self.reused += 1
+                continue
             try:
                 quality, times, used = self._one(text, scheme, weight, sample, seen, values)
                 error = self._error(name, text, scheme, seen, quality, used)
@@ -113,6 +118,9 @@ class Measurer:
         used: torch.Tensor | None,
     ) -> float:
         """What the search counts as the error of a candidate that could be measured."""
+        if scheme is not None and self.known is not None and (held := self.known.error(name, text)):
+            self.reused += 1
+            return float(held.error)
         if self.sensitivity is None or scheme is None:
             return quality.error
         about = self._about(text, scheme, seen.layer.weight, seen)

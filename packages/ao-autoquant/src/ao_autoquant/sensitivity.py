@@ -61,10 +61,15 @@ class Sensitivity(Protocol):
         """Of layer ``name`` with ``weight``, quantized, instead of its own."""
 
 
-def sensitivity(measure: Measure, model: nn.Module, seen: Mapping[str, Seen], batches: Sequence[Any]) -> Any:
-    """The :class:`Sensitivity` that ``measure`` names, or None for ``"output"``."""
-    kinds = {"loss": FromGradients, "kl": Divergence}
-    return None if measure == "output" else kinds[measure](model, seen, batches)
+def sensitivity(
+    measure: Measure, model: nn.Module, seen: Mapping[str, Seen], batches: Sequence[Any], source: str
+) -> FromGradients | Divergence | None:
+    """The :class:`Sensitivity` that ``measure`` names, or None for ``"output"``; ``source``: see there."""
+    if measure == "output":
+        return None
+    if measure == "loss":
+        return FromGradients(model, seen, batches, source)
+    return Divergence(model, seen, batches, source)
 
 
 def model_digest(model: nn.Module) -> str:
@@ -73,6 +78,12 @@ def model_digest(model: nn.Module) -> str:
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
         found.update(f"{name} {tensor.dtype} {digest(tensor)}".encode())
     return found.hexdigest()[:24]
+
+
+def source_of(model: nn.Module, measure: Measure, examples: Sequence[Any], batches: Sequence[Any]) -> str:
+    """A short text that changes with all that errors depend on, the same on every device."""
+    parts = (measure, model_digest(model), batches_digest(examples if measure == "output" else batches))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
 def batches_digest(batches: Sequence[Any]) -> str:
@@ -89,17 +100,19 @@ class FromGradients:
         model: any whose output holds logits; unchanged.
         seen: the layers, in the order in which they are asked for.
         batches: inputs of the model.
+        source: changes with the model and the batches, see :func:`source_of`.
     """
 
     model: nn.Module
     seen: Mapping[str, Seen]
     batches: Sequence[Any]
+    source: str = ""
     _held: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
 
-    @cached_property
+    @property
     def key(self) -> Mapping[str, Any]:
         """See :class:`Sensitivity`."""
-        return _key("loss", self.model, self.batches)
+        return {"what": "loss", "estimate": 1, "source": self.source, "rows": ROWS["loss"]}
 
     @cached_property
     def _bounded(self) -> list[tuple[Any, int]]:
@@ -215,16 +228,18 @@ class Divergence:
         model: any whose output holds logits; unchanged.
         seen: the layers.
         batches: inputs of the model.
+        source: changes with the model and the batches, see :func:`source_of`.
     """
 
     model: nn.Module
     seen: Mapping[str, Seen]
     batches: Sequence[Any]
+    source: str = ""
 
-    @cached_property
+    @property
     def key(self) -> Mapping[str, Any]:
         """See :class:`Sensitivity`."""
-        return _key("kl", self.model, self.batches)
+        return {"what": "kl", "source": self.source, "rows": ROWS["kl"]}
 
     @cached_property
     def _reference(self) -> list[tuple[Any, torch.Tensor]]:
@@ -253,8 +268,3 @@ def bounded(model: nn.Module, batches: Sequence[Any], rows: int) -> list[tuple[A
         taken.append((batch, found))
         rows -= found
     return taken
-
-
-def _key(what: str, model: nn.Module, batches: Sequence[Any]) -> dict[str, Any]:
-    data = batches_digest(batches)
-    return {"what": what, "estimate": 1, "model": model_digest(model), "data": data, "rows": ROWS[what]}

@@ -60,7 +60,7 @@ class Choice:
         scheme: the scheme's text, or None where the layer is left alone.
         provider: the pinned kernel provider, or None.
         reason: why it is left alone; empty where it is not.
-        evidence: measurements behind the choice, JSON-able.
+        evidence: measurements behind the choice, JSON-able; ``us`` are microseconds.
     """
 
     scheme: str | None
@@ -118,6 +118,20 @@ class Plan:
                 raise
             raise PlanError(f"this is no plan: {error!r}. A plan is the JSON that ao writes.") from error
 
+    def elsewhere(self, device: torch.device | str) -> list[str]:
+        """What differs between where its times were measured and ``device`` here: another GPU, another torch.
+
+        Empty if nothing differs, or if nothing was timed (no choice has ``us`` in its evidence).
+        """
+        if not any("us" in choice.evidence for choice in self.layers.values()):
+            return []
+        here, there = fingerprint(device), self.fingerprint
+        return [
+            f"{key} was {there[key]}, and is {here[key]}"
+            for key in ("device", "device_name", "torch")
+            if key in there and _decisive(key, there[key]) != _decisive(key, here[key])
+        ]
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``; a file already there is replaced whole or not at all."""
         target = Path(path)
@@ -140,6 +154,11 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path} can't be read: {error}. Give a file that Plan.save wrote.") from error
         return cls.from_json(text)
+
+
+def _decisive(key: str, value: str) -> str:
+    """Of a version of torch its major and minor number."""
+    return ".".join(value.split(".")[:2]) if key == "torch" else value
 
 
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:
