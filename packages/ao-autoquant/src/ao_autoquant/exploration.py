@@ -241,10 +241,11 @@ def measured(
         Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s, sensitivity=judge,
         known=known_from(known, place, source),
     )  # fmt: skip
+    measurer.share(seen.seen)
     with measurer, torch.no_grad(), reporting("measuring", enabled=progress) as show:
         for done, (name, each) in enumerate(seen.seen.items()):
             show(done, len(seen.seen))
-            found = propose(name, each.layer.weight, each.sample)
+            found = propose(name, each.layer.weight, None if each.by_module else each.sample)
             proposals |= found.faults
             candidates = found.schemes if only is None else only
             rejected[name] = {

@@ -14,6 +14,7 @@ import torch
 from ao_autoquant import measure
 from ao_autoquant.cache import Cache
 from ao_autoquant.measure import FaultError, Quality, Time
+from ao_autoquant.modules import module_quality, module_shape, module_time, module_values
 from ao_autoquant.profile import Seen
 from ao_autoquant.search import FLOAT, Option
 from ao_autoquant.sensitivity import Sensitivity
@@ -70,7 +71,7 @@ class Measurer:
             "compiled": compiled,
         }
         self._broken: set[str] = set()
-        self._digests: dict[str, str] = {}
+        self._shares: dict[str, float] = {}
 
     def __enter__(self) -> Measurer:
         return self
@@ -78,13 +79,26 @@ class Measurer:
     def __exit__(self, *_: object) -> None:
         self._worker.close()
 
+    def share(self, seen: Mapping[str, Seen]) -> None:
+        """Divide the time of modules that hold several searched weights among these, by their bytes."""
+        held: dict[int, int] = {}
+        for each in seen.values():
+            key = id(each.layer.owners[0][0])
+            held[key] = held.get(key, 0) + each.layer.weight.nbytes
+        self._shares = {
+            name: each.layer.weight.nbytes / held[id(each.layer.owners[0][0])] for name, each in seen.items()
+        }
+
     def options(
         self, name: str, seen: Seen, schemes: Mapping[str, Scheme], rejected: dict[str, str]
     ) -> dict[str, Option]:
         """Float and each scheme that could be measured, on one layer; reasons go into ``rejected``."""
         weight, sample = seen.layer.weight.detach(), seen.sample
         made: dict[str, Option] = {}
+        base = 0.0
         values = {"weight": measure.digest(weight), "sample": measure.digest(sample)}
+        if seen.by_module:
+            values = module_values(seen)
         for text, scheme in {FLOAT: None, **schemes}.items():
             if text in self._broken:
                 continue
@@ -104,6 +118,9 @@ class Measurer:
                 self._note(text, scheme, name, fault)
                 continue
             us = sum(times[rows].us * count for rows, count in seen.calls.items())
+            if seen.by_module:  # of the module's time this weight's share, and what its scheme changes
+                base = us if scheme is None else base
+                us -= (1 - self._shares[name]) * base
             spread = sum(times[rows].spread * count for rows, count in seen.calls.items())
             made[text] = Option(us, spread, quality.bytes, error)
         return made
@@ -156,7 +173,11 @@ class Measurer:
         missing = [count for count in rows if count not in times]
         if known is not None and not missing:
             return Quality(**known), times, None
-        quality, fresh, used = self._measure(text, scheme, weight, sample, seen.bias, missing)
+        if seen.by_module:
+            new = self._with_module(text, scheme, weight, seen, missing)
+        else:
+            new = self._measure(text, scheme, weight, sample, seen.bias, missing)
+        quality, fresh, used = new
         self.measured += len(fresh) + (known is None)
         self.cache.put(quality_key, measure.as_dict(quality))
         for count, time in fresh.items():
@@ -187,6 +208,21 @@ class Measurer:
         quality, used = measure.quality(scheme, weight, sample, bias)
         return quality, {n: measure.timed(used, sample, n, bias, compiled=self.compiled) for n in rows}, used
 
+    def _with_module(
+        self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen, rows: list[int]
+    ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
+        """Error and times by running the module; a child tries the scheme on one matrix before."""
+        layer = seen.layer
+        if scheme is None:
+            quality, used = Quality(0.0, weight.nbytes), layer.weight
+        else:
+            if self.isolate is True or (self.isolate == "auto" and rows):
+                matrix = weight.flatten(0, -3)[0] if weight.ndim > 2 else weight
+                self._worker.measure(text, matrix, torch.randn_like(matrix[:8]), None, [], compiled=False)
+            used = layer.quantize(scheme)
+            quality = module_quality(layer, used, list(seen.inputs.values()))
+        return quality, {count: module_time(layer, used, seen.inputs[count]) for count in rows}, used
+
     def _about(self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen) -> dict[str, Any]:
         source = None if scheme is None else scheme_source(scheme)
         return {
@@ -198,6 +234,7 @@ class Measurer:
             "dtype": str(weight.dtype),
             "input": str(seen.dtype),
             "bias": seen.bias is not None,
+            "module": module_shape(seen) if seen.by_module else "",
         }
 
     def _note(self, text: str, scheme: Scheme, layer: str, error: Exception) -> None:

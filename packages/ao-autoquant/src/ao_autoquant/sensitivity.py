@@ -27,7 +27,8 @@ from torch import nn
 from ao_autoquant.exchange import exchanged
 from ao_autoquant.logits import divergence, frozen, logits_of, predictions, rows_that_count
 from ao_autoquant.measure import digest
-from ao_autoquant.profile import Seen, evaluating, run
+from ao_autoquant.modules import Call
+from ao_autoquant.profile import Seen, detached, evaluating, run
 from ao_core import Layer, OptionError
 from ao_core.calibrate import tensors
 
@@ -107,7 +108,7 @@ class FromGradients:
     seen: Mapping[str, Seen]
     batches: Sequence[Any]
     source: str = ""
-    _held: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = field(default_factory=dict)
+    _held: dict[str, list[tuple[Call, torch.Tensor]]] = field(default_factory=dict)
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -129,9 +130,11 @@ class FromGradients:
             batches = [batch for batch, _ in self._bounded]
             self._held = gradients(self.model, self._next(name), batches)
         layer, total = self.seen[name].layer, 0.0
-        for x, g in self._held[name]:
+        for call, g in self._held[name]:  # g [rows, N]
             with torch.no_grad():
-                off = F.linear(x, weight).float() - F.linear(x, layer.weight).float()  # [rows, N]
+                own = call()
+                with exchanged([(layer, weight)]):
+                    off = (call().float() - own.float()).flatten(0, -2)  # [rows, N]
             total += float((g.float() * off).sum(-1).double().square().sum())
         return 0.5 * total / self._rows
 
@@ -142,7 +145,7 @@ class FromGradients:
         room = _HELD_BYTES
         for each in names[names.index(name) :]:
             weight = self.seen[each].layer.weight
-            room -= sum(weight.shape) * self._rows * weight.element_size()
+            room -= (weight.shape[-1] + weight.shape[-2]) * self._rows * weight.element_size()
             if found and room < 0:
                 break
             found[each] = self.seen[each].layer
@@ -151,15 +154,15 @@ class FromGradients:
 
 def gradients(
     model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Any], *, seed: int = 0
-) -> dict[str, list[tuple[torch.Tensor, torch.Tensor]]]:
-    """Inputs ``[rows, K]`` and gradients ``[rows, N]`` of each call of each layer.
+) -> dict[str, list[tuple[Call, torch.Tensor]]]:
+    """Each call of each layer's module, and the gradient ``[rows, N]`` of its output.
 
     The gradients are those of the summed negative log-likelihood of labels that are drawn from the model's
     own predictions. Parameters get no gradient, and the model is left as it was.
 
     Args:
         model: whose output holds logits.
-        layers: linears.
+        layers: whose modules return one tensor.
         batches: inputs of the model.
         seed: of the labels.
 
@@ -167,7 +170,7 @@ def gradients(
         ModelError: the model returns no logits.
     """
     draw = torch.Generator().manual_seed(seed)
-    found: dict[str, list[tuple[torch.Tensor, torch.Tensor]]] = {name: [] for name in layers}
+    found: dict[str, list[tuple[Call, torch.Tensor]]] = {name: [] for name in layers}
     with evaluating(model), frozen(model), torch.enable_grad():
         for batch in batches:
             calls = _Calls(layers)
@@ -180,7 +183,7 @@ def gradients(
                 loss = F.cross_entropy(rows, labels, reduction="sum")
                 torch.autograd.grad(loss, calls.leaves, allow_unused=True)
             for name, pairs in calls.pairs.items():
-                found[name] += [(x, g) for x, g in pairs if g is not None]
+                found[name] += [(call, g) for call, g in pairs if g is not None]
     return found
 
 
@@ -202,13 +205,14 @@ class _Calls:
             hook.remove()
 
     def _hook(self, name: str) -> Any:
-        def look(module: nn.Module, args: Any, kwargs: dict[str, Any], out: torch.Tensor) -> torch.Tensor:
-            x = args[0] if args else kwargs["input"]
+        def look(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+            if not isinstance(out, torch.Tensor):
+                return out  # without a gradient it costs nothing here; what is measured says why
             if not out.requires_grad:  # the first on its path: everything before is constant
                 leaf = out.detach().requires_grad_()
                 self.leaves.append(leaf)
                 out = leaf.clone()  # what follows may change it in place
-            pair = [x.detach().flatten(0, -2), None]
+            pair: list[Any] = [Call(module, detached(args), detached(kwargs)), None]
             self.pairs[name].append(pair)
 
             def keep(g: torch.Tensor) -> None:
