@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 import sqlite3
 import subprocess
@@ -18,11 +19,11 @@ from torch import nn
 import ao_core as ao
 from ao_autoquant import autoquant, explore, report
 from ao_autoquant.cache import Cache
-from ao_autoquant.plans import differences, elsewhere
+from ao_autoquant.plans import differences
 from ao_autoquant.profile import SAMPLE_ROWS, profile
 from ao_autoquant.search import FLOAT, Budget
 
-FEW = ["int8-weight-only", "uint4"]
+FEW = {"schemes": ["int8-weight-only", "uint4"], "isolate": False}
 
 
 def test_profile_counts_rows_and_keeps_activations(model, examples):
@@ -57,13 +58,13 @@ def test_keywords_ties_and_layers_that_are_not_called():
     assert set(found.seen) == {"used"}
     assert found.seen["used"].calls == {6: 2.0}
     assert found.left["never"] == "the example inputs never reached it"
-    assert "embedding" in found.left["table"]
+    assert found.left["table"] == "the example inputs never reached it"
     assert model.training and model.used.training
 
 
 def test_errors_and_bytes_are_those_of_the_scheme(model, examples):
-    found = explore(model, examples, schemes=FEW)
-    for name in FEW:
+    found = explore(model, examples, **FEW)
+    for name in FEW["schemes"]:
         weight = ao.parse_scheme(name).quantize(model[0].weight)
         exact = F.linear(examples.double(), model[0].weight.double(), model[0].bias.double())
         off = (F.linear(examples, weight, model[0].bias).double() - exact).detach()
@@ -86,34 +87,34 @@ def test_every_installed_scheme_is_measured_or_has_a_reason(model, examples):
 
 def test_bytes_as_objective_and_as_limit(model, examples):
     before = copy.deepcopy(model.state_dict())
-    plan = autoquant(model, examples, objective="bytes", schemes=FEW)
+    plan = autoquant(model, examples, objective="bytes", **FEW)
     assert {choice.scheme for choice in plan.layers.values()} == {"uint4"}
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert ao.Plan.from_json(plan.to_json()) == plan
     size = sum(ao.stored_bytes(ao.parse_scheme("uint4").quantize(model[i].weight)) for i in (0, 2))
     limit = size + sum(model[i].bias.nbytes for i in (0, 2))
-    autoquant(model, examples, max_bytes=limit, schemes=FEW, apply=True)
+    autoquant(model, examples, max_bytes=limit, **FEW, apply=True)
     assert ao.model_bytes(model).total == limit
 
 
 def test_no_error_allowed_leaves_float_and_says_why(model, examples):
-    plan = autoquant(model, examples, max_error=0, schemes=FEW)
+    plan = autoquant(model, examples, max_error=0, **FEW)
     assert [choice.scheme for choice in plan.layers.values()] == [None, None]
     assert all("float is" in choice.reason for choice in plan.layers.values())
     assert plan.layers["0"].evidence["calls"] == {"5": 1.0}
 
 
 def test_the_second_search_measures_nothing(model, examples):
-    first = explore(model, examples, schemes=FEW)
-    second = explore(model, examples, schemes=FEW)
+    first = explore(model, examples, **FEW)
+    second = explore(model, examples, **FEW)
     assert first.measured == 2 * 3 * 2 and first.reused == 0
     assert second.measured == 0 and second.reused == first.measured
     assert second.options == first.options
     model[0].weight.data *= 1.5  # other values: errors anew, times not
-    third = explore(model, examples, schemes=FEW)
+    third = explore(model, examples, **FEW)
     assert 0 < third.measured <= 6
     assert third.options["0"]["uint4"].us == first.options["0"]["uint4"].us
-    assert explore(model, examples, schemes=FEW, remeasure=True).reused == 0
+    assert explore(model, examples, **FEW, remeasure=True).reused == 0
 
 
 def test_two_processes_write_one_cache(cache_file):
@@ -207,7 +208,7 @@ def test_schemes_that_fail_are_rows_not_failures(site, model, examples):
     for name, (act, factor) in kinds.items():
         propose = "raise KeyError('lost')" if name == "works" else "return []"
         site.install(name, BROKEN.format(name=name, act=act, factor=factor, propose=propose))
-    found = explore(model, examples, limit_s=10, isolate="auto")
+    found = explore(model, examples, limit_s=10)
     faults = {fault.scheme: fault for fault in found.faults}
     assert "ZeroDivisionError" in faults["raises"].error
     assert faults["hangs"].hung and "10 s" in faults["hangs"].error
@@ -222,10 +223,48 @@ def test_schemes_that_fail_are_rows_not_failures(site, model, examples):
     assert all(name in page for name in ("ZeroDivisionError", "exit code 7", "KeyError"))
 
 
+def test_only_what_is_not_known_to_work_runs_in_a_child(site, tmp_path, examples):
+    """Whoever provides a scheme, its first measurement on a shape is made elsewhere, and no other."""
+    log = tmp_path / "log"
+    act = f"open({str(log)!r}, 'a').write(f'{{os.getpid() == {os.getpid()}}} {{tuple(weight.shape)}}\\n')"
+    site.install("logs", BROKEN.format(name="logs", act=act, factor="1", propose="return []"))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100), nn.Linear(100, 17)).eval()
+    found = explore(model, examples, schemes=["logs"])
+    assert not found.faults and all("logs" in each for each in found.options.values())
+    assert log.read_text().split("\n")[:-1] == ["False (100, 100)", "True (100, 100)", "False (17, 100)"]
+    assert all(each[FLOAT].us > 0 for each in found.options.values())
+    log.unlink()
+    with torch.no_grad():
+        model[0].weight *= 2
+    explore(model, examples, schemes=["logs"])
+    lines = log.read_text().split("\n")[:-1]
+    assert lines and not any("False" in line for line in lines)
+
+
+def test_compiled_linears_are_timed_as_compiled(model, examples, monkeypatch):
+    compiled, made = torch.compile, []
+
+    def spy(function, **options):
+        made.append((function, options))
+        return compiled(function, backend="aot_eager", fullgraph=True, **options)
+
+    monkeypatch.setattr(torch, "compile", spy)
+    eager = explore(model, examples, **FEW)
+    assert not made
+    found = explore(model, examples, compiled=True, **FEW)
+    assert made == [(F.linear, {"dynamic": False})] * 6  # two layers, float and two schemes
+    assert found.measured == eager.measured and not found.faults  # eager times are not taken for these
+    for layer, options in found.options.items():
+        assert all(options[name].error == eager.options[layer][name].error for name in options)
+    again = explore(model, examples, compiled=True, **FEW)
+    assert again.measured == 0 and again.options == found.options
+
+
 def test_a_strangers_scheme_is_chosen_where_only_it_fits(model, examples):
     if "ternary" not in ao.schemes():
         pytest.skip("ao-ternary is not installed")
-    found = explore(model, examples, schemes=["int8-weight-only", "ternary"])
+    found = explore(model, examples, schemes=["int8-weight-only", "ternary"], isolate=False)
     exact = F.linear(examples, model[0].weight, model[0].bias)
     off = F.linear(examples, ao.parse_scheme("ternary").quantize(model[0].weight), model[0].bias) - exact
     assert found.options["0"]["ternary"].error == pytest.approx(float(off.norm() / exact.norm()), rel=1e-4)
@@ -259,12 +298,12 @@ def test_bad_input(model, examples, options, words):
 def test_models_without_values_or_linears():
     with pytest.raises(ao.ModelError, match="meta device"):
         autoquant(nn.Linear(4, 4, device="meta"), torch.randn(1, 4))
-    with pytest.raises(ao.ModelError, match="no linear"):
+    with pytest.raises(ao.ModelError, match="no layer to search"):
         autoquant(nn.ReLU(), torch.randn(1, 4))
 
 
 def test_the_page_needs_nothing_beside_it(model, examples):
-    found = explore(model, examples, schemes=FEW)
+    found = explore(model, examples, **FEW)
     chosen = found.choose("bytes", Budget(max_error=0.5))
     page = report.html(found, chosen, title="a <b>", objective="bytes", budget=Budget(max_error=0.5))
     assert "<svg" in page and "a &lt;b&gt;" in page and "max_error=0.5" in page
@@ -273,19 +312,16 @@ def test_the_page_needs_nothing_beside_it(model, examples):
 
 
 def test_plans_are_compared(model, examples):
-    found = explore(model, examples, schemes=FEW)
+    found = explore(model, examples, **FEW)
     a, b = found.plan("bytes"), found.plan("error")
     assert differences(a, b) == {
         "layers": {"0": ("uint4", "float"), "2": ("uint4", "float")},
         "fingerprint": {},
     }
-    assert elsewhere(a, "cpu") == []
-    moved = ao.Plan(a.layers, {**a.fingerprint, "device_name": "another"})
-    assert elsewhere(moved, "cpu")[0].startswith("device_name was another")
 
 
 def test_saved_measurements(model, examples, tmp_path):
-    found = explore(model, examples, schemes=FEW)
+    found = explore(model, examples, **FEW)
     found.save(tmp_path / "found.json")
     data = json.loads((tmp_path / "found.json").read_text("utf-8"))
     assert data["options"]["0"]["uint4"]["bytes"] == found.options["0"]["uint4"].bytes

@@ -86,3 +86,30 @@ def test_a_plan_of_long_names_is_whole_at_80_columns(tmp_path, capsys, monkeypat
     assert [line.split() for line in lines if "q_proj" in line] == [
         [name, "12345.6", "23456.7", "0.0123"] for name in names
     ]
+
+
+def test_nats_check_refine_and_go_on_from_what_was_found(directory, tmp_path, capsys):
+    pytest.importorskip("ao_gptq", reason="refines by GPTQ")
+    out, again = tmp_path / "out", tmp_path / "again"
+    nats = ("--error-measure", "loss", "--max-error", 5, "--check", "--windows", 4)
+    assert search(directory, out, "--objective", "bytes", *nats, "--refine", "gptq", "--json") == 0
+    printed = json.loads(capsys.readouterr().out)
+    check, refined = printed["evidence"]["check"], printed["evidence"]["refined"]
+    assert printed["error_measure"] == "loss" and printed["schemes"] == {"uint4": 8}
+    assert check["predicted"] == pytest.approx(printed["plan"]["error"]) and check["loss"]["rows"] == 4 * 8
+    assert refined["nll"] is not None and printed["rounded"] == {}
+    plan = ao.Plan.load(out / "plan.json")
+    assert plan.evidence == printed["evidence"] and plan.layers["lm_head"].evidence["gptq"]
+    assert "nats of KL" in (out / "report.html").read_text("utf-8")
+
+    options = ("--objective", "bytes", *nats, "--remeasure", "--from", out / "exploration.json")
+    assert search(directory, again, *options) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "0 numbers measured" in shown and "on the whole model the plan costs" in shown
+    impossible = ("--objective", "bytes", "--error-measure", "loss", "--max-bytes", 1)
+    assert search(directory, tmp_path / "no", *impossible) == 1
+    assert search(directory, tmp_path / "no", "--error-measure", "nats") == 1
+    assert "'nats' was given" in capsys.readouterr().err
+    assert search(directory, tmp_path / "no", "--refine", "gptqq") == 1
+    assert "unknown algorithm 'gptqq'" in capsys.readouterr().err
+    assert not (tmp_path / "no").exists()

@@ -559,3 +559,38 @@ def test_progress_is_on_standard_error(capsys):
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "quantizing" in captured.err
+
+
+def measured_plan(**place):
+    evidence = {"us": 3.0, "bytes": 10}
+    plan = ao.Plan(
+        {"0": ao.Choice("int8-weight-only", evidence=evidence)}, {**ao.fingerprint("cpu"), **place}
+    )
+    return ao.Plan.from_json(plan.to_json())
+
+
+def test_a_plan_measured_elsewhere_says_so_once_and_is_applied():
+    model = nn.Sequential(nn.Linear(32, 32))
+    here = ao.fingerprint("cpu")
+    plan = measured_plan(device="cuda", device_name="GPU X", torch="1.13.1")
+    with pytest.warns(ao.PlanWarning) as caught:
+        ao.apply_(model, plan)
+    (warning,) = caught
+    assert warning.filename == __file__
+    for words in ("device was cuda, and is cpu", "GPU X", f"torch was 1.13.1, and is {here['torch']}"):
+        assert words in str(warning.message)
+    assert isinstance(model[0].weight, ao.QuantizedTensor)
+
+
+def test_the_same_place_and_plans_without_times_are_applied_in_silence(recwarn):
+    patch = ".".join([*torch.__version__.split(".")[:2], "99"])
+    ao.apply_(nn.Sequential(nn.Linear(32, 32)), measured_plan(torch=patch, threads="77"))
+    rules = ao.Plan({"0": ao.Choice("int8-weight-only")}, {"device": "cuda", "torch": "1.13"})
+    ao.apply_(nn.Sequential(nn.Linear(32, 32)), rules)
+    assert not recwarn.list
+
+
+def test_what_was_measured_of_a_whole_plan_travels_with_it():
+    plan = ao.Plan({"0": ao.Choice("int8-weight-only")}, evidence={"check": {"kl": 0.25}})
+    assert ao.Plan.from_json(plan.to_json()) == plan
+    assert "evidence" not in json.loads(ao.Plan({}).to_json())

@@ -30,13 +30,34 @@ def autoquant(
         int, typer.Option(min=0, metavar="TOKENS", help="Tokens written after it, one at a time.")
     ] = 32,
     objective: Annotated[str, typer.Option(help="What to make small: latency, bytes or error.")] = "latency",
+    error_measure: Annotated[
+        str,
+        typer.Option(
+            help="output: relative errors of layers; loss: nats that they cost, estimated from gradients; "
+            "kl: measured, a run of the model for each layer and scheme."
+        ),
+    ] = "output",
     max_error: Annotated[
-        float | None, typer.Option(help="Root mean square of the layers' relative output errors.")
+        float | None,
+        typer.Option(help="Root mean square of the layers' relative errors; nats a token for loss and kl."),
     ] = None,
     max_bytes: Annotated[float | None, typer.Option(help="Of the whole model.")] = None,
     max_latency: Annotated[float | None, typer.Option(help="Microseconds of the layers.")] = None,
     min_speedup: Annotated[float | None, typer.Option(help="Of the layers against float.")] = None,
     scheme: Annotated[list[str] | None, typer.Option(metavar="S", help="Only these schemes.")] = None,
+    check: Annotated[
+        bool, typer.Option("--check", help="Measure the plan on the model; choose again if it costs more.")
+    ] = False,
+    refine: Annotated[
+        list[str] | None, typer.Option(metavar="A", help="Carry it out by algorithms, such as gptq.")
+    ] = None,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Windows of the prompt's length for --refine, and as many to --check.")
+    ] = 16,
+    earlier: Annotated[
+        Path | None,
+        typer.Option("--from", metavar="FILE", help="A plan.json or exploration.json, perhaps of elsewhere."),
+    ] = None,
     isolate: Annotated[bool, typer.Option(help="Measure every scheme in a child process.")] = False,
     remeasure: Annotated[bool, typer.Option(help="Measure also what was measured before.")] = False,
     dtype: Dtype = None,
@@ -46,37 +67,52 @@ def autoquant(
     """Measure every installed scheme on every layer of MODEL, choose, and save the result."""
     import torch
 
-    from ao_autoquant import report
+    from ao_autoquant import known, report
     from ao_autoquant.exploration import explore
+    from ao_autoquant.pipeline import carry_out
+    from ao_autoquant.refine import algorithms_of
     from ao_autoquant.search import Budget, checked_objective
-    from ao_core import apply_, load_model, parse_scheme, save
+    from ao_autoquant.sensitivity import checked_measure
+    from ao_autoquant.texts import given_text
+    from ao_core import load_model, parse_scheme, save
 
     for each in scheme or ():
         parse_scheme(each)  # a misspelt one ends here, before the model is loaded
-    wanted = checked_objective(objective)
+    algorithms_of(refine or [])
+    wanted, measure = checked_objective(objective), checked_measure(error_measure)
     budget = Budget(max_error, max_bytes, max_latency, min_speedup)
+    before = None if earlier is None else known.load(earlier)
     _check_out(out)
     _say(f"loading {model}")
     loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
-    examples, weights = _examples(loaded, text, prefill, decode)
+    given = given_text(
+        loaded, text, prefill, decode, windows, more=check or bool(refine) or measure != "output"
+    )
+    if text is None:
+        _say("warning: no --text: all is measured on random tokens, whose activations are not a text's.")
     found = explore(
-        loaded.model, examples, weights=weights, schemes=scheme or None,
-        isolate=True if isolate else "auto", remeasure=remeasure, progress=True,
+        loaded.model, given.examples, weights=given.weights, schemes=scheme or None, error=measure,
+        known=before, calibration=given.calibration, isolate=True if isolate else "auto",
+        remeasure=remeasure, progress=True,
     )  # fmt: skip
-    chosen = found.choose(wanted, budget)
-    made = found.plan_for(chosen, wanted)
-    if any(choice.scheme for choice in made.layers.values()):
-        apply_(loaded.model, made)
+    done = carry_out(
+        loaded.model, found, given.examples, weights=given.weights, calibration=given.calibration,
+        objective=wanted, budget=budget, check=check, held=given.held, refine=refine or None, apply=True,
+        progress=True,
+    )  # fmt: skip
     with torch.no_grad():
-        save(loaded.model, out, plan=made, tokenizer=loaded.tokenizer)
-    made.save(out / "plan.json")
-    page = report.html(found, chosen, title=f"ao autoquant {model}", objective=wanted, budget=budget)
+        save(loaded.model, out, plan=done.plan, tokenizer=loaded.tokenizer)
+    done.plan.save(out / "plan.json")
+    found.save(out / "exploration.json")
+    page = report.html(
+        found, done.chosen, title=f"ao autoquant {model}", objective=wanted, budget=budget, plan=done.plan
+    )
     report.write(out / "report.html", page)
     if json:
-        _print(report.summary(found, chosen))
+        _print(report.summary(found, done.chosen, done.plan))
         return
-    report.show(found, chosen)
-    _say(f"saved in {out}: the model, plan.json, report.html")
+    report.show(found, done.chosen, done.plan)
+    _say(f"saved in {out}: the model, plan.json, exploration.json, report.html")
 
 
 @plan.command("show")
@@ -122,49 +158,15 @@ def diff(
 @plan.command("apply")
 def apply(path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: Device = "cpu") -> None:
     """Convert MODEL along a plan and save it; says so where the plan was measured on another device."""
-    from ao_autoquant.plans import elsewhere
     from ao_core import Plan, apply_, load_model, save
 
     found = Plan.load(path)
     _check_out(out)
     where = parse_device(device)
-    if others := elsewhere(found, where):
-        _say(f"warning: the plan was measured elsewhere: {'; '.join(others)}. Run ao autoquant here.")
     loaded = load_model(model, dtype=parse_dtype(dtype), device=where)
     report = apply_(loaded.model, found, progress=True)
     save(loaded.model, out, plan=found, tokenizer=loaded.tokenizer)
     typer.echo(f"{len(report.converted)} layers converted, saved in {out}")
-
-
-def _examples(loaded: Any, text: Path | None, prefill: int, decode: int) -> tuple[list[Any], list[float]]:
-    """A prompt, and one token that counts ``decode`` times."""
-    import torch
-
-    from ao_core import ModelError, OptionError
-
-    if not prefill and not decode:
-        raise OptionError("--prefill 0 and --decode 0 leave nothing to run. Give one of them tokens.")
-    count = max(prefill, 1)
-    if text is None:
-        _say("warning: no --text: layers are measured on random tokens, whose activations are not a text's.")
-        size = getattr(getattr(loaded.model, "config", None), "vocab_size", None)
-        if size is None:
-            raise ModelError(
-                "the model has no vocabulary, so that no tokens can be made for it. Use the library."
-            )
-        tokens = torch.randint(int(size), (count,), generator=torch.Generator().manual_seed(0))
-    else:
-        if loaded.tokenizer is None or not text.is_file():
-            raise ModelError(
-                f"--text needs a tokenizer beside the model and a UTF-8 file, and was given {text}."
-            )
-        words = text.read_text("utf-8")
-        tokens = torch.tensor(loaded.tokenizer(words, add_special_tokens=False, verbose=False)["input_ids"])
-        if len(tokens) < count:
-            raise OptionError(f"--prefill {prefill}: {text} has {len(tokens)} tokens. Give a longer text.")
-    examples = [(tokens[:prefill][None], 1.0)] if prefill else []
-    examples += [(tokens[count - 1 : count][None], float(decode))] if decode else []
-    return [each for each, _ in examples], [weight for _, weight in examples]
 
 
 def _check_out(out: Path) -> None:

@@ -1,4 +1,4 @@
-"""``autoquant``: profile a model, measure candidates, choose, and return a plan."""
+"""``explore``: profile a model and measure candidates; plans for any budget come from what was found."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ import torch
 from torch import nn
 
 from ao_autoquant.cache import Cache
+from ao_autoquant.known import FORMAT, known_from, load
 from ao_autoquant.measuring import Faulty, Measurer
-from ao_autoquant.profile import Profile, profile
+from ao_autoquant.profile import Profile, as_examples, profile
 from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, solve, totals
-from ao_core import Choice, Plan, apply_, fingerprint, model_bytes, parse_scheme, propose, reporting
+from ao_autoquant.sensitivity import Measure, Sensitivity, checked_measure, sensitivity, source_of
+from ao_core import Choice, Plan, PlanError, fingerprint, model_bytes, parse_scheme, propose, reporting
 
-FORMAT = 1
 Isolate = Literal["auto"] | bool
 
 
@@ -36,6 +37,8 @@ class Exploration:
         calls: layer → rows → how often.
         other_bytes: of the model outside the searched layers.
         fingerprint: device and versions.
+        source: changes with all that errors depend on: the model's values, the inputs, how they are measured.
+        measure: of errors: ``"output"``, ``"loss"`` or ``"kl"``, see :func:`explore`.
         measured: how many numbers were measured, and ``reused``: how many equal layers shared, or were known
             before.
     """
@@ -47,6 +50,8 @@ class Exploration:
     calls: dict[str, dict[int, float]]
     other_bytes: int
     fingerprint: dict[str, str]
+    measure: Measure = "output"
+    source: str = ""
     measured: int = 0
     reused: int = 0
     proposals: dict[str, str] = field(default_factory=dict)
@@ -68,11 +73,17 @@ class Exploration:
             budget=budget,
             other_bytes=self.other_bytes,
             together=_groups(self.options, together),
+            additive=self.additive,
         )
 
     def totals(self, chosen: Mapping[str, str]) -> Totals:
         """Time, bytes and error of a choice."""
-        return totals(self.options, chosen, self.other_bytes)
+        return totals(self.options, chosen, self.other_bytes, additive=self.additive)
+
+    @property
+    def additive(self) -> bool:
+        """Whether errors are nats, which add up; else their root mean square counts."""
+        return self.measure != "output"
 
     def uniform(self) -> dict[str, dict[str, str]]:
         """Scheme → the choice that gives it to every layer that takes it, and float to the others."""
@@ -107,6 +118,8 @@ class Exploration:
         mine, base = options[name], options[FLOAT]
         evidence = {
             **asdict(mine),
+            "error_measure": self.measure,
+            "source": self.source,
             "float_us": base.us,
             "float_spread": base.spread,
             "float_bytes": base.bytes,
@@ -121,6 +134,18 @@ class Exploration:
         """The measurements as JSON text."""
         return json.dumps({"format": FORMAT, **asdict(self)}, indent=1, sort_keys=True) + "\n"
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Exploration:
+        """Read what :meth:`save` wrote.
+
+        Raises:
+            PlanError: the file can't be read, or holds something else.
+        """
+        found = load(path)
+        if not isinstance(found, cls):
+            raise PlanError(f"{path} is a plan, and no exploration. Give what Exploration.save wrote.")
+        return found
+
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write :meth:`to_json` to ``path``, whole or not at all."""
         target = Path(path)
@@ -132,53 +157,15 @@ class Exploration:
             temporary.unlink(missing_ok=True)
 
 
-def autoquant(
-    model: nn.Module,
-    examples: Any,
-    *,
-    objective: Objective = "latency",
-    max_error: float | None = None,
-    max_bytes: float | None = None,
-    max_latency: float | None = None,
-    min_speedup: float | None = None,
-    together: Sequence[Sequence[str]] = (),
-    apply: bool = False,
-    **options: Any,
-) -> Plan:
-    """Measure every installed scheme on every linear of ``model`` and return the best plan.
-
-    ``model`` is unchanged unless ``apply`` is true.
-
-    Args:
-        model: any module, on the device that it will run on.
-        examples: its inputs, see :func:`explore`.
-        objective: what to make small: ``"latency"``, ``"bytes"`` or ``"error"``.
-        max_error: root mean square over the layers of their relative output errors, at most.
-        max_bytes: of the whole model, at most.
-        max_latency: microseconds of the searched layers for one run of the examples, at most.
-        min_speedup: of the searched layers against float, at least.
-        together: groups of patterns whose layers get the same scheme, such as
-            ``[["*.q_proj", "*.k_proj", "*.v_proj"]]``.
-        apply: also convert the model along the plan.
-        **options: of :func:`explore`.
-
-    Raises:
-        InfeasibleError: no plan fits; says which constraint, and what is reachable.
-        OptionError, ModelError: as for :func:`explore`.
-    """
-    budget = Budget(max_error, max_bytes, max_latency, min_speedup)
-    plan = explore(model, examples, **options).plan(objective, budget, together)
-    if apply and any(choice.scheme for choice in plan.layers.values()):
-        apply_(model, plan)
-    return plan
-
-
 def explore(
     model: nn.Module,
     examples: Any,
     *,
     weights: Sequence[float] | None = None,
     schemes: Sequence[str] | None = None,
+    error: Measure = "output",
+    calibration: Any = None,
+    known: Plan | Exploration | None = None,
     wanted: Callable[[nn.Module, str], bool] | None = None,
     compiled: bool = False,
     isolate: Isolate = "auto",
@@ -195,24 +182,37 @@ def explore(
         weights: how often each example runs, such as ``[1, 128]`` for a prompt and 128 decoded tokens.
         schemes: texts of the only schemes to measure; by default every installed one with its defaults, and
             what plugins propose.
+        error: how errors are measured. ``"output"``: ``|y' - y| / |y|`` of the layer's output.
+            ``"loss"``: nats that it costs the model's predictions, estimated from gradients, for each row of
+            logits. ``"kl"``: the same, measured by running the model with that layer changed. The last two
+            need a model whose output holds logits; see :mod:`ao_autoquant.sensitivity`.
+        calibration: inputs for ``"loss"`` and ``"kl"``, in the form of ``examples``; by default these.
+        known: what an earlier search found, perhaps on another device: an exploration, or a plan (which holds
+            the chosen schemes only). Its errors are not measured again if they were measured in the same way
+            on this model and these inputs, its times not if they were measured on this device.
         wanted: ``wanted(module, name)``: which linears to search.
         compiled: time the linears as ``torch.compile`` makes them.
-        isolate: measure in a child process: ``"auto"``, schemes from outside the ao packages; True, all;
-            False, none.
+        isolate: measure in a child process: ``"auto"``, what was not measured on that shape before; True,
+            all; False, nothing.
         limit_s: seconds that one candidate may take in the child.
         remeasure: measure again what the cache knows.
         progress: show a bar.
 
     Raises:
         OptionError: no example, weights that don't fit, an unknown scheme's option.
-        ModelError: the model is on the meta device or has no linear to search.
+        ModelError: the model is on the meta device or has no linear to search; ``error`` needs logits, and
+            the model returns none.
 
     What the model itself raises on the examples comes through; the model is unchanged.
     """
+    checked_measure(error)
     only = None if schemes is None else {str(made): made for made in map(parse_scheme, schemes)}
+    batches = as_examples(examples if calibration is None else calibration)
     seen = profile(model, examples, weights=weights, wanted=wanted)
+    source = source_of(model, error, as_examples(examples), batches)
     return measured(
-        model, seen, only=only, compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure,
+        model, seen, only=only, judge=sensitivity(error, model, seen.seen, batches, source), measure=error,
+        source=source, known=known, compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure,
         progress=progress,
     )  # fmt: skip
 
@@ -222,6 +222,10 @@ def measured(
     seen: Profile,
     *,
     only: Mapping[str, Any] | None = None,
+    judge: Sensitivity | None = None,
+    measure: Measure = "output",
+    source: str = "",
+    known: Plan | Exploration | None = None,
     compiled: bool = False,
     isolate: Isolate = "auto",
     limit_s: float = 60.0,
@@ -232,11 +236,16 @@ def measured(
     options: dict[str, dict[str, Option]] = {}
     rejected: dict[str, dict[str, str]] = {}
     proposals: dict[str, str] = {}
-    measurer = Measurer(Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s)
+    place = _fingerprint(model)
+    measurer = Measurer(
+        Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s, sensitivity=judge,
+        known=known_from(known, place, source),
+    )  # fmt: skip
+    measurer.share(seen.seen)
     with measurer, torch.no_grad(), reporting("measuring", enabled=progress) as show:
         for done, (name, each) in enumerate(seen.seen.items()):
             show(done, len(seen.seen))
-            found = propose(name, each.layer.weight, each.sample)
+            found = propose(name, each.layer.weight, None if each.by_module else each.sample)
             proposals |= found.faults
             candidates = found.schemes if only is None else only
             rejected[name] = {
@@ -254,7 +263,9 @@ def measured(
         left=seen.left,
         calls={name: each.calls for name, each in seen.seen.items()},
         other_bytes=model_bytes(model).total - searched,
-        fingerprint=_fingerprint(model),
+        fingerprint=place,
+        measure=measure,
+        source=source,
         measured=measurer.measured,
         reused=measurer.reused,
         proposals=proposals,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Mapping
@@ -13,13 +14,12 @@ import torch
 from ao_autoquant import measure
 from ao_autoquant.cache import Cache
 from ao_autoquant.measure import FaultError, Quality, Time
+from ao_autoquant.modules import module_quality, module_shape, module_time, module_values
 from ao_autoquant.profile import Seen
 from ao_autoquant.search import FLOAT, Option
+from ao_autoquant.sensitivity import Sensitivity
 from ao_autoquant.worker import Worker
-from ao_core import KERNELS, RejectedError, Scheme, fingerprint, scheme_source
-
-OWN = ("ao-quant", "ao-sparsity", "ao-kernels", "ao-gptq")
-"""Distributions whose schemes are measured in this process."""
+from ao_core import KERNELS, AoError, ModelError, RejectedError, Scheme, fingerprint, scheme_source
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,24 @@ class Faulty:
 
 
 class Measurer:
-    """Holds what one search knows. A context: its child process ends with the block."""
+    """Holds what one search knows. A context: its child process ends with the block.
 
-    def __init__(self, cache: Cache, *, compiled: bool, isolate: str | bool, limit_s: float) -> None:
+    Whoever it comes from, a scheme's first measurement on a shape is made in a child process; what came back
+    from there once, in this search or an earlier one, is safe to run here. So is float measured, for the two
+    to be compared.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        *,
+        compiled: bool,
+        isolate: str | bool,
+        limit_s: float,
+        sensitivity: Sensitivity | None = None,
+        known: Any = None,
+    ) -> None:
+        self.sensitivity, self.known = sensitivity, known
         self.cache, self.compiled, self.isolate = cache, compiled, isolate
         self.faults: dict[tuple[str, str], Faulty] = {}
         self.measured = self.reused = 0
@@ -56,7 +71,7 @@ class Measurer:
             "compiled": compiled,
         }
         self._broken: set[str] = set()
-        self._digests: dict[str, str] = {}
+        self._shares: dict[str, float] = {}
 
     def __enter__(self) -> Measurer:
         return self
@@ -64,30 +79,79 @@ class Measurer:
     def __exit__(self, *_: object) -> None:
         self._worker.close()
 
+    def share(self, seen: Mapping[str, Seen]) -> None:
+        """Divide the time of modules that hold several searched weights among these, by their bytes."""
+        held: dict[int, int] = {}
+        for each in seen.values():
+            key = id(each.layer.owners[0][0])
+            held[key] = held.get(key, 0) + each.layer.weight.nbytes
+        self._shares = {
+            name: each.layer.weight.nbytes / held[id(each.layer.owners[0][0])] for name, each in seen.items()
+        }
+
     def options(
         self, name: str, seen: Seen, schemes: Mapping[str, Scheme], rejected: dict[str, str]
     ) -> dict[str, Option]:
         """Float and each scheme that could be measured, on one layer; reasons go into ``rejected``."""
         weight, sample = seen.layer.weight.detach(), seen.sample
         made: dict[str, Option] = {}
+        base = 0.0
         values = {"weight": measure.digest(weight), "sample": measure.digest(sample)}
+        if seen.by_module:
+            values = module_values(seen)
         for text, scheme in {FLOAT: None, **schemes}.items():
             if text in self._broken:
                 continue
-            try:
-                quality, times = self._one(text, scheme, weight, sample, seen, values)
-            except RejectedError as error:
-                rejected[text] = str(error)
+            if self.known is not None and (whole := self.known.whole(name, text, seen.calls)):
+                made[text] = whole
+                self.reused += 1
                 continue
-            except Exception as error:
-                if scheme is None:
+            try:
+                quality, times, used = self._one(text, scheme, weight, sample, seen, values)
+                error = self._error(name, text, scheme, seen, quality, used)
+            except RejectedError as refusal:
+                rejected[text] = str(refusal)
+                continue
+            except Exception as fault:
+                if scheme is None or isinstance(fault, ModelError):
                     raise
-                self._note(text, scheme, name, error)
+                self._note(text, scheme, name, fault)
                 continue
             us = sum(times[rows].us * count for rows, count in seen.calls.items())
+            if seen.by_module:  # of the module's time this weight's share, and what its scheme changes
+                base = us if scheme is None else base
+                us -= (1 - self._shares[name]) * base
             spread = sum(times[rows].spread * count for rows, count in seen.calls.items())
-            made[text] = Option(us, spread, quality.bytes, quality.error)
+            made[text] = Option(us, spread, quality.bytes, error)
         return made
+
+    def _error(
+        self,
+        name: str,
+        text: str,
+        scheme: Scheme | None,
+        seen: Seen,
+        quality: Quality,
+        used: torch.Tensor | None,
+    ) -> float:
+        """What the search counts as the error of a candidate that could be measured."""
+        if scheme is not None and self.known is not None and (held := self.known.error(name, text)):
+            self.reused += 1
+            return float(held.error)
+        if self.sensitivity is None or scheme is None:
+            return quality.error
+        about = self._about(text, scheme, seen.layer.weight, seen)
+        key = {**about, **self.sensitivity.key, **self._versions, "layer": name}
+        known = self.cache.get(key)
+        self.reused += known is not None
+        if known is None:
+            found = self.sensitivity.increase(name, seen.layer.quantize(scheme) if used is None else used)
+            if not math.isfinite(found):
+                raise FaultError("the model's predictions with it hold NaN or infinity")
+            known = {"nats": found}
+            self.measured += 1
+            self.cache.put(key, known)
+        return float(known["nats"])
 
     def _one(
         self,
@@ -97,7 +161,8 @@ class Measurer:
         sample: torch.Tensor,
         seen: Seen,
         values: Mapping[str, str],
-    ) -> tuple[Quality, dict[int, Time]]:
+    ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
+        """Error, times, and the quantized weight if it was made here."""
         rows = sorted(seen.calls)
         common = {**self._about(text, scheme, weight, seen)}
         keys = {count: {"what": "time", "rows": count, **common, **self._versions} for count in rows}
@@ -107,13 +172,17 @@ class Measurer:
         self.reused += len(times) + (known is not None)
         missing = [count for count in rows if count not in times]
         if known is not None and not missing:
-            return Quality(**known), times
-        quality, fresh = self._measure(text, scheme, weight, sample, seen.bias, missing)
+            return Quality(**known), times, None
+        if seen.by_module:
+            new = self._with_module(text, scheme, weight, seen, missing)
+        else:
+            new = self._measure(text, scheme, weight, sample, seen.bias, missing)
+        quality, fresh, used = new
         self.measured += len(fresh) + (known is None)
         self.cache.put(quality_key, measure.as_dict(quality))
         for count, time in fresh.items():
             self.cache.put(keys[count], measure.as_dict(time))
-        return quality, times | fresh
+        return quality, times | fresh, used
 
     def _measure(
         self,
@@ -123,20 +192,36 @@ class Measurer:
         sample: torch.Tensor,
         bias: torch.Tensor | None,
         rows: list[int],
-    ) -> tuple[Quality, dict[int, Time]]:
-        if scheme is None:
-            quality, used = Quality(0.0, weight.nbytes), weight
-        elif self._isolated(scheme):
-            return self._worker.measure(text, weight, sample, bias, rows, compiled=self.compiled)
-        else:
-            quality, used = measure.quality(scheme, weight, sample, bias)
-        return quality, {n: measure.timed(used, sample, n, bias, compiled=self.compiled) for n in rows}
+    ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
+        if self.isolate is True or (self.isolate == "auto" and rows):
+            try:
+                asked = None if scheme is None else text
+                found = self._worker.measure(asked, weight, sample, bias, rows, compiled=self.compiled)
+            except FaultError as error:
+                if scheme is not None:
+                    raise
+                raise AoError(
+                    f"float itself could not be measured in a child process: {error}. Give isolate=False to "
+                    "measure in this one."
+                ) from error
+            return *found, None
+        quality, used = measure.quality(scheme, weight, sample, bias)
+        return quality, {n: measure.timed(used, sample, n, bias, compiled=self.compiled) for n in rows}, used
 
-    def _isolated(self, scheme: Scheme) -> bool:
-        if isinstance(self.isolate, bool):
-            return self.isolate
-        source = scheme_source(scheme)
-        return source is not None and source.distribution not in OWN
+    def _with_module(
+        self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen, rows: list[int]
+    ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
+        """Error and times by running the module; a child tries the scheme on one matrix before."""
+        layer = seen.layer
+        if scheme is None:
+            quality, used = Quality(0.0, weight.nbytes), layer.weight
+        else:
+            if self.isolate is True or (self.isolate == "auto" and rows):
+                matrix = weight.flatten(0, -3)[0] if weight.ndim > 2 else weight
+                self._worker.measure(text, matrix, torch.randn_like(matrix[:8]), None, [], compiled=False)
+            used = layer.quantize(scheme)
+            quality = module_quality(layer, used, list(seen.inputs.values()))
+        return quality, {count: module_time(layer, used, seen.inputs[count]) for count in rows}, used
 
     def _about(self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen) -> dict[str, Any]:
         source = None if scheme is None else scheme_source(scheme)
@@ -149,6 +234,7 @@ class Measurer:
             "dtype": str(weight.dtype),
             "input": str(seen.dtype),
             "bias": seen.bias is not None,
+            "module": module_shape(seen) if seen.by_module else "",
         }
 
     def _note(self, text: str, scheme: Scheme, layer: str, error: Exception) -> None:

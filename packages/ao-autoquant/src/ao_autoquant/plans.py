@@ -1,12 +1,10 @@
-"""Comparing plans, and a plan with the device that it is applied on."""
+"""Comparing plans."""
 
 from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from ao_core import Plan, fingerprint
+from ao_core import Plan
 
 
 def differences(first: Plan, second: Plan) -> dict[str, dict[str, tuple[Any, Any]]]:
@@ -29,13 +27,3 @@ def differences(first: Plan, second: Plan) -> dict[str, dict[str, tuple[Any, Any
     keys = sorted({*first.fingerprint, *second.fingerprint})
     prints = {key: (first.fingerprint.get(key), second.fingerprint.get(key)) for key in keys}
     return {"layers": layers, "fingerprint": {k: pair for k, pair in prints.items() if pair[0] != pair[1]}}
-
-
-def elsewhere(plan: Plan, device: torch.device | str) -> list[str]:
-    """What differs between where ``plan`` was made and here, such as another GPU; empty if nothing does."""
-    here = fingerprint(device)
-    return [
-        f"{key} was {plan.fingerprint[key]}, and is {here[key]}"
-        for key in ("device", "device_name", "threads", "torch")
-        if key in plan.fingerprint and plan.fingerprint[key] != here[key]
-    ]

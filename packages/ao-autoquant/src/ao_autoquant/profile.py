@@ -12,10 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from ao_autoquant.modules import Call
 from ao_core import Layer, ModelError, OptionError, find_layers
-from ao_core.calibrate import as_batches
+from ao_core.calibrate import as_batches, tensors
 
 SAMPLE_ROWS = 256
+_MOST_SIZES = 4  # of calls of a module whose inputs are kept whole
 
 
 @dataclass
@@ -28,6 +30,7 @@ class Seen:
         parts: samples of its inputs, ``[r, K]`` each.
         dtype: of its inputs.
         bias: of the module that was called first, or None.
+        inputs: rows of a call → such a call, of weights that are measured with their module.
     """
 
     layer: Layer
@@ -35,7 +38,23 @@ class Seen:
     parts: list[torch.Tensor] = field(default_factory=list)
     dtype: torch.dtype = torch.float32
     bias: torch.Tensor | None = None
+    inputs: dict[int, Call] = field(default_factory=dict)
     _held: int = 0
+
+    @property
+    def by_module(self) -> bool:
+        """Whether the weight is measured by running the module that holds it."""
+        return self.layer.kind != "linear"
+
+    def keep(self, call: Call, rows: int, weight: float) -> None:
+        """Count a call of the module; one of each number of rows is kept, of at most ``_MOST_SIZES``."""
+        if rows not in self.inputs and len(self.inputs) >= _MOST_SIZES:
+            rows = min(self.inputs, key=lambda known: abs(known - rows))
+        self.calls[rows] = self.calls.get(rows, 0.0) + weight
+        if rows not in self.inputs:
+            self.inputs[rows] = Call(
+                call.module, detached(call.args, copy=True), detached(call.kwargs, copy=True)
+            )
 
     def add(self, x: torch.Tensor, weight: float) -> None:
         """Count a call with input ``x`` ``[..., K]``."""
@@ -53,7 +72,9 @@ class Seen:
 
     @property
     def sample(self) -> torch.Tensor:
-        """Inputs that it saw, at most ``SAMPLE_ROWS`` of them: ``[rows, K]``."""
+        """Inputs that it saw, at most ``SAMPLE_ROWS`` of them: ``[rows, K]``; none of a module's."""
+        if self.by_module:
+            return self.layer.weight.new_zeros(0, self.layer.weight.shape[-1])
         return torch.cat(self.parts)
 
 
@@ -74,7 +95,7 @@ class Recorder:
     """Hooks on the linears of ``model`` that keep what they see, until :meth:`close`.
 
     Raises:
-        ModelError: the model lies on the meta device, or has no linear to search.
+        ModelError: the model lies on the meta device, or has no layer to search.
     """
 
     def __init__(self, model: nn.Module, wanted: Callable[[nn.Module, str], bool] | None = None) -> None:
@@ -97,13 +118,19 @@ class Recorder:
             )
         if not self.seen:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self.left.items())[:3])
-            raise ModelError(f"{type(model).__name__} has no linear layer to search: {why or 'it has none'}.")
+            raise ModelError(f"{type(model).__name__} has no layer to search: {why or 'it has none'}.")
         for seen in self.seen.values():
             for module in {id(module): module for module, _ in seen.layer.owners}.values():
                 self._hooks.append(module.register_forward_pre_hook(self._hook(seen), with_kwargs=True))
 
     def _hook(self, seen: Seen) -> Callable[..., None]:
         def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if seen.by_module:
+                first = next(iter(tensors((args, kwargs))), None)
+                if first is not None and first.numel():
+                    rows = first.numel() // (first.shape[-1] if first.is_floating_point() else 1)
+                    seen.keep(Call(module, args, kwargs), rows, self.weight)
+                return
             x = args[0] if args else kwargs.get("input")
             if isinstance(x, torch.Tensor):
                 if not seen.calls:
@@ -125,7 +152,7 @@ class Recorder:
         for name, each in self.seen.items():
             if not each.calls:
                 left[name] = "the example inputs never reached it"
-            elif not bool(torch.isfinite(each.sample).all()):
+            elif not all(bool(torch.isfinite(x).all()) for x in _inputs(each)):
                 left[name] = "its inputs hold NaN or infinity"
             else:
                 seen[name] = each
@@ -154,7 +181,7 @@ def profile(
         ModelError: nothing to search, see :class:`Recorder`.
     """
     batches = as_examples(examples)
-    counts = _weights(weights, len(batches))
+    counts = example_weights(weights, len(batches))
     recorder = Recorder(model, wanted)
     try:
         with evaluating(model), torch.no_grad():
@@ -199,11 +226,27 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+def detached(tree: Any, *, copy: bool = False) -> Any:
+    """``tree`` with its tensors, or copies of them, without gradients."""
+    if isinstance(tree, torch.Tensor):
+        return tree.detach().clone() if copy else tree.detach()
+    if isinstance(tree, Mapping):
+        return {key: detached(value, copy=copy) for key, value in tree.items()}
+    if type(tree) in (tuple, list):
+        return type(tree)(detached(each, copy=copy) for each in tree)
+    return tree
+
+
 def _moved(value: Any, device: torch.device) -> Any:
-    return value.to(device) if isinstance(value, torch.Tensor) else value
+    return value.detach().to(device) if isinstance(value, torch.Tensor) else value
 
 
-def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
+def example_weights(weights: Sequence[float] | None, count: int) -> list[float]:
+    """How often each of ``count`` examples runs; once by default.
+
+    Raises:
+        OptionError: another number of weights, or one that is not positive.
+    """
     if weights is None:
         return [1.0] * count
     found = [float(each) for each in weights]
@@ -214,10 +257,15 @@ def _weights(weights: Sequence[float] | None, count: int) -> list[float]:
     return found
 
 
+def _inputs(seen: Seen) -> list[torch.Tensor]:
+    if not seen.by_module:
+        return [seen.sample]
+    return tensors([[call.args, call.kwargs] for call in seen.inputs.values()])
+
+
 def _unsearchable(layer: Layer) -> str | None:
-    if layer.kind != "linear":
-        what = {"experts": "a stack of experts", "embedding": "an embedding", "convolution": "a convolution"}
-        return f"it is {what[layer.kind]}; the search measures linears. Give it a scheme by a rule"
+    if layer.kind == "convolution":
+        return "it is a convolution; the search does not time these. Give it a scheme by a rule"
     if layer.shared:
         return f"its weight is tied to {', '.join(layer.shared)}; name it in a rule to convert both"
     return None

@@ -17,6 +17,7 @@ from ao_autoquant.search import FLOAT, Budget, Totals
 
 if TYPE_CHECKING:
     from ao_autoquant.exploration import Exploration
+    from ao_core import Plan
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
@@ -29,14 +30,22 @@ td.cell { text-align: right; font-variant-numeric: tabular-nums }
 td.best { outline: 2px solid #1a1a1a; outline-offset: -2px }
 """
 _UNITS = (
-    "<p class=note>µs of the searched layers for one run of the examples; MB of the whole model; "
-    "error: root mean square of the layers' relative output errors.</p>"
+    "<p class=note>µs of the searched layers for one run of the examples; MB of the whole model; error: "
+    "{}.</p>"
 )
+_ERRORS = {
+    "output": "root mean square of the layers' relative output errors",
+    "loss": "nats that predictions move for a row of logits, from gradients, the sum over layers",
+    "kl": "nats that predictions move for a row of logits, of one changed layer, the sum over layers",
+}
 
 
-def summary(found: Exploration, chosen: Mapping[str, str]) -> dict[str, Any]:
+def summary(found: Exploration, chosen: Mapping[str, str], plan: Plan | None = None) -> dict[str, Any]:
     """The totals of the plan, of float and of each uniform scheme, counts, faults: JSON-able."""
     return {
+        "error_measure": found.measure,
+        "evidence": {} if plan is None else dict(plan.evidence),
+        "rounded": {} if plan is None else rounded(plan),
         "plan": asdict(found.totals(chosen)),
         "schemes": dict(Counter(chosen.values())),
         "uniform": {name: asdict(found.totals(each)) for name, each in found.uniform().items()},
@@ -50,7 +59,39 @@ def summary(found: Exploration, chosen: Mapping[str, str]) -> dict[str, Any]:
     }
 
 
-def show(found: Exploration, chosen: Mapping[str, str]) -> None:
+def rounded(plan: Plan) -> dict[str, str]:
+    """Layers that an algorithm that was asked for did not take → why."""
+    return {
+        name: choice.evidence["refine"] for name, choice in plan.layers.items() if "refine" in choice.evidence
+    }
+
+
+def findings(plan: Plan | None) -> list[str]:
+    """Sentences on what was measured of the whole plan, and on what was not refined."""
+    if plan is None:
+        return []
+    said = []
+    if check := plan.evidence.get("check"):
+        loss = check["loss"]
+        nll = "" if loss["nll"] is None else f", {loss['nll']:+.4f} nats of the next token's loss"
+        if loss["nll_se"] is not None:
+            nll += f" (± {loss['nll_se']:.4f})"
+        nats = plan.evidence["error_measure"] != "output"
+        predicted = f"; its parts sum up to {check['predicted']:.4f} nats" if nats else ""
+        said.append(
+            f"on the whole model the plan costs {loss['kl']:.4f} nats of KL{nll}{predicted}; a run takes "
+            f"{check['plan_s']:.4g} s, and {check['float_s']:.4g} s in float"
+        )
+        if len(tried := check["tried"]) > 1:
+            costs = ", ".join(f"{real:.4g} (parts {parts:.4g})" for parts, real in tried)
+            said.append(f"{len(tried)} plans were tried until one kept to max_error; they cost {costs} nats")
+    if (refined := plan.evidence.get("refined")) and refined["nll"] is not None:
+        said.append(f"refined, it costs {refined['nll']:+.4f} nats of the next token's loss")
+    reasons = Counter(rounded(plan).values())
+    return said + [f"{count} layers were not refined, but {why}" for why, count in reasons.items()]
+
+
+def show(found: Exploration, chosen: Mapping[str, str], plan: Plan | None = None) -> None:
     """Print the table of totals, what the plan uses, and what went wrong."""
     from rich.console import Console
     from rich.markup import escape as plain
@@ -63,6 +104,8 @@ def show(found: Exploration, chosen: Mapping[str, str]) -> None:
     console.print(table)
     if set(chosen.values()) == {FLOAT}:
         console.print("float wins: no scheme is faster by more than the spread, or fits the constraints")
+    for line in findings(plan):
+        console.print(plain(line), soft_wrap=True)
     for fault in found.faults:
         line = f"fault: {fault.scheme} ({fault.distribution}) on {fault.layer}: {fault.error}"
         console.print(plain(line), soft_wrap=True)
@@ -74,7 +117,15 @@ def show(found: Exploration, chosen: Mapping[str, str]) -> None:
     )
 
 
-def html(found: Exploration, chosen: Mapping[str, str], *, title: str, objective: str, budget: Budget) -> str:
+def html(
+    found: Exploration,
+    chosen: Mapping[str, str],
+    *,
+    title: str,
+    objective: str,
+    budget: Budget,
+    plan: Plan | None = None,
+) -> str:
     """One page: totals, the plot of time against error, layers by schemes, reasons, faults, environment."""
     limits = ", ".join(f"{key}={value:g}" for key, value in vars(budget).items() if value is not None)
     asked = f"Least {objective}" + (f", with {limits}" if limits else "")
@@ -88,7 +139,8 @@ def html(found: Exploration, chosen: Mapping[str, str], *, title: str, objective
         f"<p>{escape(asked)}. Chosen: {escape(verdict)}.</p>",
         "<h2>Totals</h2>",
         _table(("", "layers", "µs", "speed-up", "MB", "error"), rows, chosen_first=True),
-        _UNITS,
+        _UNITS.format(_ERRORS[found.measure]),
+        *(f"<p>{escape(line)}.</p>" for line in findings(plan)),
         f"<h2>Time against error</h2>{_pareto(found, chosen)}",
         f"<h2>Layers by schemes</h2>{_heat(found, chosen)}",
         "<h2>Layers left alone</h2>",
@@ -144,7 +196,9 @@ def _pareto(found: Exploration, chosen: Mapping[str, str]) -> str:
         axes.annotate(name, (sums.error, sums.us), xytext=(5, 4), textcoords="offset points", fontsize=8)
     sums = found.totals(chosen)
     axes.plot([sums.error], [sums.us], "*", color="#c0392b", markersize=15, label="the plan")
-    axes.set(xlabel="error, relative", ylabel="µs of the searched layers")
+    axes.set(
+        xlabel="error, nats" if found.additive else "error, relative", ylabel="µs of the searched layers"
+    )
     axes.set_xscale("symlog", linthresh=1e-3)
     axes.set_ylim(bottom=0)
     axes.legend()

@@ -1,8 +1,8 @@
 """One scheme for each layer: a mixed-integer linear program, solved by HiGHS.
 
 ``x[l, c]`` is 1 where layer ``l`` gets candidate ``c``; each layer gets one. Objective and constraints are
-sums over the layers: latency and bytes as they are, errors as their squares, so that the plan's error is
-the root mean square of the layers' relative output errors.
+sums over the layers: latency and bytes as they are; relative output errors as their squares, so that the
+plan's error is their root mean square; nats (see :mod:`ao_autoquant.sensitivity`) as they are.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Option:
         us: microseconds a run of the examples takes in this layer, calls and weights counted.
         spread: of ``us``.
         bytes: of the weight.
-        error: relative, of the layer's output.
+        error: relative, of the layer's output; or nats that it costs the model, by the measure of the search.
     """
 
     us: float
@@ -66,7 +66,7 @@ class Budget:
     """What a plan must keep to; None: no limit.
 
     Attributes:
-        max_error: root mean square of the layers' relative output errors.
+        max_error: root mean square of the layers' relative output errors; or nats for each row of logits.
         max_bytes: of the whole model.
         max_latency: microseconds of the searched layers for one run of the examples.
         min_speedup: of the searched layers against float.
@@ -97,11 +97,23 @@ class Totals:
     error: float
 
 
-def totals(options: Options, chosen: Mapping[str, str], other_bytes: int = 0) -> Totals:
-    """Add up ``chosen``: layer → candidate; ``other_bytes`` are those outside the searched layers."""
+def totals(
+    options: Options, chosen: Mapping[str, str], other_bytes: int = 0, *, additive: bool = False
+) -> Totals:
+    """Add up ``chosen``: layer → candidate.
+
+    Args:
+        options: what was measured.
+        chosen: a candidate for each layer.
+        other_bytes: outside the searched layers.
+        additive: errors are nats, and their sum is the plan's error; else it is their root mean square.
+    """
     picked = [options[layer][name] for layer, name in chosen.items()]
-    squares = math.fsum(each.error**2 for each in picked)
-    error = math.sqrt(squares / len(picked)) if picked else 0.0
+    if additive:
+        error = math.fsum(each.error for each in picked)
+    else:
+        squares = math.fsum(each.error**2 for each in picked)
+        error = math.sqrt(squares / len(picked)) if picked else 0.0
     return Totals(math.fsum(each.us for each in picked), sum(p.bytes for p in picked) + other_bytes, error)
 
 
@@ -112,6 +124,7 @@ def solve(
     budget: Budget | None = None,
     other_bytes: int = 0,
     together: Sequence[Sequence[str]] = (),
+    additive: bool = False,
 ) -> dict[str, str]:
     """The best choice: layer → candidate.
 
@@ -124,6 +137,7 @@ def solve(
         budget: constraints.
         other_bytes: bytes of the model outside the searched layers.
         together: groups of layers that get the same candidate.
+        additive: how errors add up, see :func:`totals`.
 
     Raises:
         InfeasibleError: no choice fits the constraints.
@@ -133,7 +147,7 @@ def solve(
     checked_objective(objective)
     if not options:
         return {}
-    problem = _Problem(options, other_bytes, together)
+    problem = _Problem(options, other_bytes, together, additive=additive)
     limits = problem.limits(budget or Budget())
     found = problem.minimize(objective, limits)
     if found is None:
@@ -142,7 +156,10 @@ def solve(
 
 
 class _Problem:
-    def __init__(self, options: Options, other_bytes: int, together: Sequence[Sequence[str]]) -> None:
+    def __init__(
+        self, options: Options, other_bytes: int, together: Sequence[Sequence[str]], *, additive: bool
+    ) -> None:
+        self.additive = additive
         self.pairs = [(layer, name) for layer, each in options.items() for name in each]
         self.options, self.other_bytes = options, other_bytes
         flat = [options[layer][name] for layer, name in self.pairs]
@@ -154,7 +171,7 @@ class _Problem:
         self.costs = {
             "us": np.array([each.us for each in flat]),
             "bytes": np.array([float(each.bytes) for each in flat]),
-            "error": np.array([each.error**2 for each in flat]),
+            "error": np.array([each.error if additive else each.error**2 for each in flat]),
         }
         self.objectives = {
             "latency": self.costs["us"] + np.array(noise),
@@ -166,9 +183,11 @@ class _Problem:
 
     def limits(self, budget: Budget) -> dict[str, tuple[str, float]]:
         """Constraint → (what it sums, the most it may be)."""
-        layers = len(self.options)
+        error = budget.max_error
+        if error is not None and not self.additive:
+            error = error**2 * len(self.options)
         found = {
-            "max_error": ("error", None if budget.max_error is None else budget.max_error**2 * layers),
+            "max_error": ("error", error),
             "max_bytes": ("bytes", None if budget.max_bytes is None else budget.max_bytes - self.other_bytes),
             "max_latency": ("us", budget.max_latency),
             "min_speedup": ("us", None if budget.min_speedup is None else self.float_us / budget.min_speedup),
@@ -222,7 +241,7 @@ class _Problem:
             self.objectives[objective] = held
         if chosen is None:
             return None
-        found: float = getattr(totals(self.options, chosen, self.other_bytes), what)
+        found: float = getattr(totals(self.options, chosen, self.other_bytes, additive=self.additive), what)
         return found
 
     def _one_each(self) -> list[LinearConstraint]:

@@ -92,7 +92,11 @@ def change_linears_to_autoquantizable(
     if unknown := sorted(set(options) - known):
         raise OptionError(f"there is no option {', '.join(unknown)}; there are {', '.join(sorted(known))}.")
     texts = tuple(str(parse_scheme(text)) for text in schemes)
-    _recorders[model] = (Recorder(model, filter_fn), texts, options)
+
+    def linear(module: nn.Module, name: str) -> bool:
+        return isinstance(module, nn.Linear) and (filter_fn is None or filter_fn(module, name))
+
+    _recorders[model] = (Recorder(model, linear), texts, options)
 
 
 def change_autoquantizable_to_quantized(model: M, error_on_unseen: bool = True) -> M:

@@ -1,4 +1,4 @@
-"""A process that measures schemes of strangers: one that hangs or crashes is ended, and the search goes on.
+"""A process that measures what is not known to work: one that hangs or crashes is ended, the search goes on.
 
 Parent and child exchange lines of JSON over pipes, and tensors in safetensors files.
 """
@@ -38,7 +38,7 @@ class Worker:
 
     def measure(
         self,
-        scheme: str,
+        scheme: str | None,
         weight: torch.Tensor,
         sample: torch.Tensor,
         bias: torch.Tensor | None,
@@ -46,7 +46,7 @@ class Worker:
         *,
         compiled: bool,
     ) -> tuple[Quality, dict[int, Time]]:
-        """Quality, and the time for each number of rows.
+        """Quality, and the time for each number of rows, with ``scheme`` (its text), or in float.
 
         Raises:
             RejectedError: the scheme refuses these values.
@@ -143,7 +143,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     tensors = load_file(request["file"], device=request["device"])
     weight, sample, bias = tensors["weight"], tensors["sample"], tensors.get("bias")
     try:
-        found, quantized = measure.quality(parse_scheme(request["scheme"]), weight, sample, bias)
+        scheme = None if request["scheme"] is None else parse_scheme(request["scheme"])
+        found, quantized = measure.quality(scheme, weight, sample, bias)
         times = {
             rows: measure.as_dict(measure.timed(quantized, sample, rows, bias, compiled=request["compiled"]))
             for rows in request["rows"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ao_core.errors import PlanError, RejectedError
+from ao_core.errors import PlanError, PlanWarning, RejectedError
 from ao_core.layers import Layer, find_layers
 from ao_core.metrics import model_bytes, stored_bytes
 from ao_core.plan import Plan, Rule, resolve
@@ -134,7 +135,8 @@ def made_rules(
 def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
     """Quantize the layers of ``model`` in place along ``plan``.
 
-    Tied weights are converted once and stay tied.
+    Tied weights are converted once and stay tied. Warns where the plan was measured on another device than
+    the model's, or with another torch.
 
     Raises:
         PlanError: the plan names a layer that the model lacks.
@@ -142,7 +144,19 @@ def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
 
     The model is unchanged if it raises; until it returns, float and quantized weights are both held.
     """
+    _warn_of_another_place(model, plan)
     return _apply(model, plan, {}, progress)
+
+
+def _warn_of_another_place(model: nn.Module, plan: Plan) -> None:
+    first = next(model.parameters(), None)
+    if others := plan.elsewhere("cpu" if first is None else first.device):
+        warnings.warn(
+            f"the plan was measured elsewhere: {'; '.join(others)}. It is applied as it is; here another "
+            "scheme may be the fastest: run ao autoquant.",
+            PlanWarning,
+            stacklevel=3,
+        )
 
 
 def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: bool) -> Report:

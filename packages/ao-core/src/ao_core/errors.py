@@ -33,3 +33,7 @@ class CheckpointError(AoError):
 
 class ModelError(AoError):
     """A model or text that could not be read."""
+
+
+class PlanWarning(UserWarning):
+    """A plan that is applied elsewhere than where its times were measured."""

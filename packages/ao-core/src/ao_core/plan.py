@@ -60,7 +60,7 @@ class Choice:
         scheme: the scheme's text, or None where the layer is left alone.
         provider: the pinned kernel provider, or None.
         reason: why it is left alone; empty where it is not.
-        evidence: measurements behind the choice, JSON-able.
+        evidence: measurements behind the choice, JSON-able; ``us`` are microseconds.
     """
 
     scheme: str | None
@@ -76,21 +76,25 @@ class Plan:
     Attributes:
         layers: layer name → choice, sorted by name.
         fingerprint: device and versions that it was made with.
+        evidence: what was measured of the plan as a whole, JSON-able.
     """
 
     layers: Mapping[str, Choice]
     fingerprint: Mapping[str, str] = field(default_factory=lambda: fingerprint())  # noqa: PLW0108 - defined below
+    evidence: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", dict(sorted(self.layers.items())))
 
     def to_json(self) -> str:
         """The plan as JSON text, sorted and indented so that plans can be compared line by line."""
-        data = {
+        data: dict[str, Any] = {
             "format": FORMAT,
             "fingerprint": dict(self.fingerprint),
             "layers": {name: asdict(choice) for name, choice in self.layers.items()},
         }
+        if self.evidence:
+            data["evidence"] = dict(self.evidence)
         return json.dumps(data, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -108,11 +112,25 @@ class Plan:
                     "Make the plan again, or install the version that wrote it."
                 )
             layers = {name: Choice(**choice) for name, choice in data["layers"].items()}
-            return cls(layers, data["fingerprint"])
+            return cls(layers, data["fingerprint"], data.get("evidence", {}))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             if isinstance(error, PlanError):
                 raise
             raise PlanError(f"this is no plan: {error!r}. A plan is the JSON that ao writes.") from error
+
+    def elsewhere(self, device: torch.device | str) -> list[str]:
+        """What differs between where its times were measured and ``device`` here: another GPU, another torch.
+
+        Empty if nothing differs, or if nothing was timed (no choice has ``us`` in its evidence).
+        """
+        if not any("us" in choice.evidence for choice in self.layers.values()):
+            return []
+        here, there = fingerprint(device), self.fingerprint
+        return [
+            f"{key} was {there[key]}, and is {here[key]}"
+            for key in ("device", "device_name", "torch")
+            if key in there and _decisive(key, there[key]) != _decisive(key, here[key])
+        ]
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the plan to ``path``; a file already there is replaced whole or not at all."""
@@ -136,6 +154,11 @@ class Plan:
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path} can't be read: {error}. Give a file that Plan.save wrote.") from error
         return cls.from_json(text)
+
+
+def _decisive(key: str, value: str) -> str:
+    """Of a version of torch its major and minor number."""
+    return ".".join(value.split(".")[:2]) if key == "torch" else value
 
 
 def fingerprint(device: torch.device | str = "cpu") -> dict[str, str]:

@@ -12,7 +12,7 @@ import typer
 from ao_core import plugins
 from ao_core.cli import bench, compress, listing, modelling, output
 from ao_core.command import Command
-from ao_core.errors import AoError
+from ao_core.errors import AoError, PlanWarning
 
 BUILT_IN: dict[str, Callable[..., Any]] = {
     "plugins": listing.list_plugins,
@@ -90,5 +90,5 @@ def _root(
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, plugins.PluginWarning):
+    if issubclass(category, (plugins.PluginWarning, PlanWarning)):
         output.warn(str(message))

@@ -1,0 +1,274 @@
+"""What an error in one layer costs the model: nats that its predictions move, for each row of logits.
+
+``"loss"`` estimates it from gradients. With labels drawn from the model's own predictions, the gradient ``g``
+of a row of a layer's output tells to second order how far an error ``Δy`` moves the predictions:
+``KL ≈ ½ E (g · Δy)²`` (the Fisher, or Gauss-Newton, approximation: Martens, "New insights and perspectives on
+the natural gradient method", 2014). One backward pass serves all candidates of a layer.
+
+``"kl"`` exchanges the layer's weight and runs the model: nothing is approximated, at a forward pass for each
+layer and candidate.
+
+Both add up over layers, as far as the errors of different layers are independent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from itertools import chain
+from typing import Any, Literal, Protocol, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from ao_autoquant.exchange import exchanged
+from ao_autoquant.logits import divergence, frozen, logits_of, predictions, rows_that_count
+from ao_autoquant.measure import digest
+from ao_autoquant.modules import Call
+from ao_autoquant.profile import Seen, detached, evaluating, run
+from ao_core import Layer, OptionError
+from ao_core.calibrate import tensors
+
+Measure = Literal["output", "loss", "kl"]
+ROWS = {"loss": 2048, "kl": 512}
+"""Rows of logits that are looked at, at most, unless the first batch alone has more."""
+_HELD_BYTES = 1 << 30  # of inputs and gradients at once; further layers take a pass of their own
+
+
+def checked_measure(text: str) -> Measure:
+    """``text`` if it names a measure of errors.
+
+    Raises:
+        OptionError: it does not.
+    """
+    for known in get_args(Measure):
+        if text == known:
+            found: Measure = known
+            return found
+    raise OptionError(f"error is measured as {', '.join(get_args(Measure))}, and {text!r} was given.")
+
+
+class Sensitivity(Protocol):
+    """Nats for each row of logits that one changed layer costs."""
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """What the numbers depend on, beside layer and scheme."""
+
+    def increase(self, name: str, weight: torch.Tensor) -> float:
+        """Of layer ``name`` with ``weight``, quantized, instead of its own."""
+
+
+def sensitivity(
+    measure: Measure, model: nn.Module, seen: Mapping[str, Seen], batches: Sequence[Any], source: str
+) -> FromGradients | Divergence | None:
+    """The :class:`Sensitivity` that ``measure`` names, or None for ``"output"``; ``source``: see there."""
+    if measure == "output":
+        return None
+    if measure == "loss":
+        return FromGradients(model, seen, batches, source)
+    return Divergence(model, seen, batches, source)
+
+
+def model_digest(model: nn.Module) -> str:
+    """A short text that changes with the model's class and values, the same on every device."""
+    found = hashlib.sha256(type(model).__qualname__.encode())
+    for name, tensor in chain(model.named_parameters(), model.named_buffers()):
+        found.update(f"{name} {tensor.dtype} {digest(tensor)}".encode())
+    return found.hexdigest()[:24]
+
+
+def source_of(model: nn.Module, measure: Measure, examples: Sequence[Any], batches: Sequence[Any]) -> str:
+    """A short text that changes with all that errors depend on, the same on every device."""
+    parts = (measure, model_digest(model), batches_digest(examples if measure == "output" else batches))
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
+
+
+def batches_digest(batches: Sequence[Any]) -> str:
+    """A short text that changes with the tensors of ``batches``."""
+    every = [f"{tuple(each.shape)} {digest(each)}" for batch in batches for each in tensors(batch)]
+    return hashlib.sha256(repr(every).encode()).hexdigest()[:24]
+
+
+@dataclass(eq=False)
+class FromGradients:
+    """``½ Σ (g · Δy)²`` over the rows of a layer's output, for each row of logits; see the module.
+
+    Args:
+        model: any whose output holds logits; unchanged.
+        seen: the layers, in the order in which they are asked for.
+        batches: inputs of the model.
+        source: changes with the model and the batches, see :func:`source_of`.
+    """
+
+    model: nn.Module
+    seen: Mapping[str, Seen]
+    batches: Sequence[Any]
+    source: str = ""
+    _held: dict[str, list[tuple[Call, torch.Tensor]]] = field(default_factory=dict)
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """See :class:`Sensitivity`."""
+        return {"what": "loss", "estimate": 1, "source": self.source, "rows": ROWS["loss"]}
+
+    @cached_property
+    def _bounded(self) -> list[tuple[Any, int]]:
+        return bounded(self.model, self.batches, ROWS["loss"])
+
+    @property
+    def _rows(self) -> int:
+        return sum(rows for _, rows in self._bounded)
+
+    def increase(self, name: str, weight: torch.Tensor) -> float:
+        """See :class:`Sensitivity`."""
+        if name not in self._held:
+            self._held = {}  # before the next are made
+            batches = [batch for batch, _ in self._bounded]
+            self._held = gradients(self.model, self._next(name), batches)
+        layer, total = self.seen[name].layer, 0.0
+        for call, g in self._held[name]:  # g [rows, N]
+            with torch.no_grad():
+                own = call()
+                with exchanged([(layer, weight)]):
+                    off = (call().float() - own.float()).flatten(0, -2)  # [rows, N]
+            total += float((g.float() * off).sum(-1).double().square().sum())
+        return 0.5 * total / self._rows
+
+    def _next(self, name: str) -> dict[str, Layer]:
+        """``name`` and the layers after it, as many as may be held at once."""
+        names = list(self.seen)
+        found: dict[str, Layer] = {}
+        room = _HELD_BYTES
+        for each in names[names.index(name) :]:
+            weight = self.seen[each].layer.weight
+            room -= (weight.shape[-1] + weight.shape[-2]) * self._rows * weight.element_size()
+            if found and room < 0:
+                break
+            found[each] = self.seen[each].layer
+        return found
+
+
+def gradients(
+    model: nn.Module, layers: Mapping[str, Layer], batches: Sequence[Any], *, seed: int = 0
+) -> dict[str, list[tuple[Call, torch.Tensor]]]:
+    """Each call of each layer's module, and the gradient ``[rows, N]`` of its output.
+
+    The gradients are those of the summed negative log-likelihood of labels that are drawn from the model's
+    own predictions. Parameters get no gradient, and the model is left as it was.
+
+    Args:
+        model: whose output holds logits.
+        layers: whose modules return one tensor.
+        batches: inputs of the model.
+        seed: of the labels.
+
+    Raises:
+        ModelError: the model returns no logits.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    found: dict[str, list[tuple[Call, torch.Tensor]]] = {name: [] for name in layers}
+    with evaluating(model), frozen(model), torch.enable_grad():
+        for batch in batches:
+            calls = _Calls(layers)
+            with calls:
+                logits = logits_of(run(model, batch))
+            rows = rows_that_count(batch, logits).float()  # [rows, v]
+            with torch.no_grad():
+                labels = torch.multinomial(rows.softmax(-1).cpu(), 1, generator=draw)[:, 0].to(rows.device)
+            if calls.leaves and rows.requires_grad:
+                loss = F.cross_entropy(rows, labels, reduction="sum")
+                torch.autograd.grad(loss, calls.leaves, allow_unused=True)
+            for name, pairs in calls.pairs.items():
+                found[name] += [(call, g) for call, g in pairs if g is not None]
+    return found
+
+
+class _Calls:
+    """Hooks that keep what layers see, and the gradients that come back; a context."""
+
+    def __init__(self, layers: Mapping[str, Layer]) -> None:
+        self.pairs: dict[str, list[list[Any]]] = {name: [] for name in layers}
+        self.leaves: list[torch.Tensor] = []
+        self._layers, self._hooks = layers, list[Any]()
+
+    def __enter__(self) -> None:
+        for name, layer in self._layers.items():
+            for module in {id(module): module for module, _ in layer.owners}.values():
+                self._hooks.append(module.register_forward_hook(self._hook(name), with_kwargs=True))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, name: str) -> Any:
+        def look(module: nn.Module, args: Any, kwargs: dict[str, Any], out: Any) -> Any:
+            if not isinstance(out, torch.Tensor):
+                return out  # without a gradient it costs nothing here; what is measured says why
+            if not out.requires_grad:  # the first on its path: everything before is constant
+                leaf = out.detach().requires_grad_()
+                self.leaves.append(leaf)
+                out = leaf.clone()  # what follows may change it in place
+            pair: list[Any] = [Call(module, detached(args), detached(kwargs)), None]
+            self.pairs[name].append(pair)
+
+            def keep(g: torch.Tensor) -> None:
+                pair[1] = g.detach().flatten(0, -2)
+
+            out.register_hook(keep)
+            return out
+
+        return look
+
+
+@dataclass(eq=False)
+class Divergence:
+    """``KL(float ‖ changed)`` of the predictions, with one layer's weight exchanged.
+
+    Args:
+        model: any whose output holds logits; unchanged.
+        seen: the layers.
+        batches: inputs of the model.
+        source: changes with the model and the batches, see :func:`source_of`.
+    """
+
+    model: nn.Module
+    seen: Mapping[str, Seen]
+    batches: Sequence[Any]
+    source: str = ""
+
+    @property
+    def key(self) -> Mapping[str, Any]:
+        """See :class:`Sensitivity`."""
+        return {"what": "kl", "source": self.source, "rows": ROWS["kl"]}
+
+    @cached_property
+    def _reference(self) -> list[tuple[Any, torch.Tensor]]:
+        """Batches, and what the model as it is predicts for them."""
+        found = bounded(self.model, self.batches, ROWS["kl"])
+        return [(batch, self._predicted(batch)) for batch, _ in found]
+
+    def increase(self, name: str, weight: torch.Tensor) -> float:
+        """See :class:`Sensitivity`."""
+        reference = self._reference  # before anything is exchanged
+        with exchanged([(self.seen[name].layer, weight)]):
+            total = sum(divergence(logits, self._predicted(batch)) for batch, logits in reference)
+        return total / sum(len(logits) for _, logits in reference)
+
+    def _predicted(self, batch: Any) -> torch.Tensor:
+        return rows_that_count(batch, predictions(self.model, batch))
+
+
+def bounded(model: nn.Module, batches: Sequence[Any], rows: int) -> list[tuple[Any, int]]:
+    """The first batches, up to ``rows`` rows of logits but at least one, each with its number of rows."""
+    taken: list[tuple[Any, int]] = []
+    for batch in batches:
+        found = len(rows_that_count(batch, predictions(model, batch)))
+        if taken and found > rows:
+            break
+        taken.append((batch, found))
+        rows -= found
+    return taken
