@@ -33,6 +33,7 @@ def compile_all(architecture: int) -> int:
 
     from ao_kernels.device import activations, decode, int8_gemm
     from ao_kernels.device.dequantize import dequantize
+    from ao_kernels.device.experts import few_rows_experts, many_rows_experts
     from ao_kernels.device.few_rows import few_rows
     from ao_kernels.device.many_rows import add_parts, many_rows
 
@@ -94,6 +95,11 @@ def compile_all(architecture: int) -> int:
             many = {"BIAS": True, "BLOCK_N": 64, "BLOCK_M": 64, "STAGES": 3, "WHOLE": whole, "SPLIT_K": 2}
             build(many_rows, pointers, {**base, **many})
         build(dequantize, pointers, {**base, "ROWS": 32})
+        for experts, offsets in ((8, "*i32"), (0, "*i64")):
+            of_experts = {**base, "EXPERTS": experts, "WHOLE": experts > 0, "BLOCK_N": 32, "STAGES": 3}
+            ends = {**pointers, "offsets_ptr": offsets}
+            build(few_rows_experts, {**ends, **words}, {**of_experts, "SPLITS": 2, "BLOCK_M": 4}, 2)
+            build(many_rows_experts, ends, {**of_experts, "BLOCK_M": 32})
     tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 8, "STAGES": 3}
     for scaled in (0, 1, 2):
         pointers = {"out_ptr": "*bf16" if scaled else "*i32", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}

@@ -19,6 +19,10 @@ OPS = (
     "int8_weight_linear",
     "int8_dynamic_linear",
     "float8_weight_linear",
+    "int4_experts_linear",
+    "nf4_experts_linear",
+    "int8_experts_linear",
+    "float8_experts_linear",
 )
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",

@@ -29,7 +29,7 @@ def _kernels() -> Iterator[Any]:
 
     from ao_core import Kernel, Key
     from ao_core.triton_support import priority, providers
-    from ao_kernels import float8_linear, int4_linear, int8_linear, nf4_linear
+    from ao_kernels import experts, float8_linear, int4_linear, int8_linear, nf4_linear
     from ao_kernels.support import HALVES, rejects
 
     found: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
@@ -38,6 +38,10 @@ def _kernels() -> Iterator[Any]:
         "int8_weight_linear": (int8_linear.weight_linear, int8_linear.weight_misfit),
         "int8_dynamic_linear": (int8_linear.dynamic_linear, int8_linear.dynamic_misfit),
         "float8_weight_linear": (float8_linear.linear, float8_linear.misfit),
+        "int4_experts_linear": (experts.int4_linear, int4_linear.misfit),
+        "nf4_experts_linear": (experts.nf4_linear, nf4_linear.misfit),
+        "int8_experts_linear": (experts.int8_linear, int8_linear.weight_misfit),
+        "float8_experts_linear": (experts.float8_linear, float8_linear.misfit),
     }
     integers: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
         "int8_mm": (int8_linear.mm, int8_linear.mm_misfit),

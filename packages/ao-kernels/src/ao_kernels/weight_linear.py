@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -17,10 +16,10 @@ from ao_core.triton_support import interpreting
 from ao_kernels import tiles
 from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Specialized, weight_config
 from ao_kernels.device import decode
-from ao_kernels.device.activations import order_columns
 from ao_kernels.device.dequantize import dequantize
 from ao_kernels.device.few_rows import few_rows
 from ao_kernels.device.many_rows import add_parts, many_rows
+from ao_kernels.rows import columns_in_order, pairs_of_columns, plain_rows
 from ao_kernels.support import hopper
 
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
@@ -166,12 +165,12 @@ def _levels() -> torch.Tensor:
         return torch.tensor(decode.NF4_LEVELS)
 
 
-def _nf4_table(unused: torch.Tensor) -> torch.Tensor:
+def nf4_table(unused: torch.Tensor) -> torch.Tensor:
     """The levels, for the interpreter; compiled kernels hold them, and nothing is allocated for them."""
     return _levels() if interpreting() else unused
 
 
-def _sizes(weight: Codes, codes: torch.Tensor, scale: torch.Tensor) -> tuple[int, ...]:
+def strides(weight: Codes, codes: torch.Tensor, scale: torch.Tensor) -> tuple[int, ...]:
     """Distance of rows of codes; groups; scalers; groups to a scaler. One scale for all: no distance."""
     scalers = 1 if weight.offset is None else weight.offset.shape[1]
     groups = scale.shape[1] if scale.shape[0] == codes.shape[0] else 0
@@ -181,12 +180,12 @@ def _sizes(weight: Codes, codes: torch.Tensor, scale: torch.Tensor) -> tuple[int
 def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Few) -> None:
     codes, *parameters = weight.pointers()
     (n, width), m = codes.shape, x.shape[0]
-    words = _pairs(x) if weight.packed else _rows(x)
+    words = pairs_of_columns(x) if weight.packed else plain_rows(x)
     size = weight.tile_bytes(config.bytes)
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))
     few_rows[grid](
-        words, codes, *parameters, x if bias is None else bias, out, _nf4_table(out),
-        m, n, width, words.stride(0), *_sizes(weight, codes, parameters[0]),
+        words, codes, *parameters, x if bias is None else bias, out, nf4_table(out),
+        m, n, width, words.stride(0), *strides(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None, SPLITS=config.splits, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages,
         WHOLE=width % (size * config.splits) == 0 and n % config.block_n == 0, num_warps=config.warps,
@@ -197,15 +196,16 @@ def _many(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.
     codes, *parameters = weight.pointers()
     (n, width), m = codes.shape, x.shape[0]
     size = weight.tile_bytes(config.bytes)
-    x = _ordered(x, width, size, weight.constants(x.dtype)["DTYPE"]) if weight.packed else _rows(x)
+    constants = weight.constants(x.dtype)
+    x = columns_in_order(x, width, size, constants["DTYPE"]) if weight.packed else plain_rows(x)
     parts = config.split_k if width >= 2 * size * config.split_k else 1
     target = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.float32)
     given = x if bias is None else bias
     grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m), parts)
     many_rows[grid](
-        x, codes, *parameters, given, target, _nf4_table(target),
-        m, n, width, x.stride(0), *_sizes(weight, codes, parameters[0]),
-        **weight.constants(x.dtype), BIAS=bias is not None and parts == 1, BLOCK_N=config.block_n,
+        x, codes, *parameters, given, target, nf4_table(target),
+        m, n, width, x.stride(0), *strides(weight, codes, parameters[0]),
+        **constants, BIAS=bias is not None and parts == 1, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages, SPLIT_K=parts,
         WHOLE=width % size == 0 and n % config.block_n == 0, num_warps=config.warps,
     )  # fmt: skip
@@ -228,7 +228,7 @@ def _specialized(
     x_tile, codes_tile = [config.block_m, columns], [config.block_n, 128]
     x_layout = NVMMASharedLayout.get_default_for(x_tile, floats)
     codes_layout = NVMMASharedLayout.get_default_for(codes_tile, uint8)
-    _, *sizes = _sizes(weight, codes, parameters[0])
+    _, *sizes = strides(weight, codes, parameters[0])
     tiles_k = triton.cdiv(width, 128)
     parts = triton.cdiv(tiles_k, triton.cdiv(tiles_k, config.split_k))
     target = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.float32)
@@ -276,35 +276,11 @@ def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) ->
     codes, *parameters = weight.pointers()
     codes = codes[rows]
     own = [each[rows] if each.shape[0] > 1 else each for each in parameters]
-    (n, width), (stride, groups, *rest) = codes.shape, _sizes(weight, codes, own[0])
+    (n, width), (stride, groups, *rest) = codes.shape, strides(weight, codes, own[0])
     out = own[0].new_empty(n, columns, dtype=dtype)
     size, block = weight.tile_bytes(64 if weight.packed else 128), 32
     dequantize[(triton.cdiv(n, block), triton.cdiv(width, size))](
-        codes, *own, out, _nf4_table(out), columns, width, stride, groups, *rest,
+        codes, *own, out, nf4_table(out), columns, width, stride, groups, *rest,
         **weight.constants(dtype), ROWS=block, BYTES=size, N=n,
     )  # fmt: skip
     return out
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(1) == 1 else x.contiguous()
-
-
-def _ordered(x: torch.Tensor, width: int, size: int, dtype: Any) -> torch.Tensor:
-    """Columns as :func:`ao_kernels.device.activations.order_columns` says, for tiles of ``size`` bytes."""
-    x = _rows(x)
-    out = x.new_empty(x.shape[0], triton.cdiv(width, size) * 2 * size)
-    block = 1024
-    order_columns[(x.shape[0], triton.cdiv(out.shape[1], 2 * block))](
-        x, out, x.shape[1], x.stride(0), out.stride(0), BYTES=size, DTYPE=dtype, BLOCK=block
-    )
-    return out
-
-
-def _pairs(x: torch.Tensor) -> torch.Tensor:
-    """Rows of words of two activations; a copy where rows do not start at a whole word."""
-    if x.shape[1] % 2:
-        x = F.pad(x, (0, 1))
-    if x.stride(1) != 1 or x.stride(0) % 2 or x.storage_offset() % 2:
-        x = x.clone(memory_format=torch.contiguous_format)
-    return x.view(torch.int32)

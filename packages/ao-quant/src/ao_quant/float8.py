@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
+from ao_quant.experts_ops import FLOAT8_EXPERTS_LINEAR
 from ao_quant.float8_ops import (
     FLOAT8,
     FLOAT8_DYNAMIC_LINEAR,
@@ -47,9 +48,16 @@ class Float8Tensor(QuantizedTensor):
         out: torch.Tensor = FLOAT8_WEIGHT_LINEAR(x, self.codes, self.scale, bias, provider=self.provider)
         return out
 
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+        """One call of ``ao::float8_experts_linear``."""
+        out: torch.Tensor = FLOAT8_EXPERTS_LINEAR(x, offsets, self.codes, self.scale, provider=self.provider)
+        return out
+
 
 class Float8DynamicTensor(Float8Tensor):
     """The same storage; activations are scaled and rounded to float8 as they come."""
+
+    grouped_linear = QuantizedTensor.grouped_linear  # the op would leave activations in float
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One call of ``ao::float8_dynamic_linear``."""

@@ -10,6 +10,7 @@ import torch
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
 from ao_core.numerics import affine, pack
 from ao_quant import int4_tiles, ranges
+from ao_quant.experts_ops import INT4_EXPERTS_LINEAR
 from ao_quant.int4_ops import (
     INT4_WEIGHT_LINEAR,
     INT8_DYNAMIC_INT4_LINEAR,
@@ -48,6 +49,13 @@ class Int4Tensor(QuantizedTensor):
         """One call of ``ao::int4_weight_linear``."""
         out: torch.Tensor = INT4_WEIGHT_LINEAR(
             x, self.packed, self.scale, self.zero, bias, self.group_size, provider=self.provider
+        )
+        return out
+
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+        """One call of ``ao::int4_experts_linear``."""
+        out: torch.Tensor = INT4_EXPERTS_LINEAR(
+            x, offsets, self.packed, self.scale, self.zero, self.group_size, provider=self.provider
         )
         return out
 
@@ -123,6 +131,8 @@ class Int4TiledTensor(QuantizedTensor):
 
 class Int8DynamicInt4Tensor(Int4Tensor):
     """The same storage; activations are quantized to int8 token by token as they come."""
+
+    grouped_linear = QuantizedTensor.grouped_linear  # the op would leave activations in float
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One call of ``ao::int8_dynamic_int4_linear``."""

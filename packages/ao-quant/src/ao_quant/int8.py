@@ -9,6 +9,7 @@ import torch
 
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
 from ao_core.numerics import affine
+from ao_quant.experts_ops import INT8_EXPERTS_LINEAR
 from ao_quant.int8_ops import INT8_DYNAMIC_LINEAR, INT8_WEIGHT_LINEAR
 
 QMIN, QMAX = -128, 127
@@ -35,9 +36,18 @@ class Int8Tensor(QuantizedTensor):
         )
         return out
 
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+        """One call of ``ao::int8_experts_linear``."""
+        out: torch.Tensor = INT8_EXPERTS_LINEAR(
+            x, offsets, self.codes, self.scale, self.group_size, provider=self.provider
+        )
+        return out
+
 
 class Int8DynamicTensor(Int8Tensor):
     """The same storage; activations are quantized to int8 token by token as they come."""
+
+    grouped_linear = QuantizedTensor.grouped_linear  # the op would leave activations in float
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One call of ``ao::int8_dynamic_linear``."""

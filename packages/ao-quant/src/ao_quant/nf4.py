@@ -17,6 +17,7 @@ import torch.nn.functional as F
 
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
 from ao_core.numerics import affine, codebook, pack
+from ao_quant.experts_ops import NF4_EXPERTS_LINEAR
 from ao_quant.nf4_ops import NF4_LINEAR, block_absmax, dequantize_nf4, nf4_levels
 from ao_quant.ranges import total
 
@@ -68,6 +69,14 @@ class Nf4Tensor(QuantizedTensor):
             )
         out: torch.Tensor = NF4_LINEAR(
             x, self.packed, self.absmax, self.offset, self.step, bias,
+            self.block_size, self.scaler_block_size, provider=self.provider,
+        )  # fmt: skip
+        return out
+
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+        """One call of ``ao::nf4_experts_linear``."""
+        out: torch.Tensor = NF4_EXPERTS_LINEAR(
+            x, offsets, self.packed, self.absmax, self.offset, self.step,
             self.block_size, self.scaler_block_size, provider=self.provider,
         )  # fmt: skip
         return out

@@ -26,7 +26,7 @@ def ao_register_schemes() -> list[Any]:
 @hookimpl
 def ao_register_ops() -> list[Any]:
     """The linears of the schemes."""
-    from ao_quant import float8_ops, int4_ops, int4_tiles, int8_mm_ops, int8_ops, nf4_ops
+    from ao_quant import experts_ops, float8_ops, int4_ops, int4_tiles, int8_mm_ops, int8_ops, nf4_ops
 
     return [
         int8_mm_ops.INT8_MM,
@@ -39,6 +39,7 @@ def ao_register_ops() -> list[Any]:
         nf4_ops.NF4_LINEAR,
         float8_ops.FLOAT8_WEIGHT_LINEAR,
         float8_ops.FLOAT8_DYNAMIC_LINEAR,
+        *experts_ops.OPS,
     ]
 
 
@@ -46,6 +47,7 @@ def ao_register_ops() -> list[Any]:
 def ao_register_kernels() -> list[Any]:
     """Kernels in C for the CPU, and torch's own."""
     from ao_quant import (
+        experts_ops,
         float8_native,
         float8_ops,
         int4_ops,
@@ -58,7 +60,7 @@ def ao_register_kernels() -> list[Any]:
     )
 
     natives = (int8_native, nibble_native, float8_native)
-    modules = (*natives, int8_mm_ops, int8_ops, int4_ops, int4_tiles, nf4_ops, float8_ops)
+    modules = (*natives, int8_mm_ops, int8_ops, int4_ops, int4_tiles, nf4_ops, float8_ops, experts_ops)
     return [kernel for module in modules for kernel in module.KERNELS]
 
 

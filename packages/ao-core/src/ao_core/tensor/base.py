@@ -104,9 +104,32 @@ class QuantizedTensor(torch.Tensor):
 
     def batched_linear(self, x: torch.Tensor) -> torch.Tensor:
         """``x[e] @ weight[e].T`` for ``x`` ``[E, M, K]`` and a weight ``[E, N, K]``: ``[E, M, N]``."""
+        experts, rows, _ = x.shape
+        return self.grouped_linear(x.flatten(0, 1), None).view(experts, rows, self.shape[1])
+
+    def grouped_linear(self, x: torch.Tensor, offsets: torch.Tensor | None) -> torch.Tensor:
+        """Rows of ``x`` ``[S, K]``, sorted by expert, times their experts of a weight ``[E, N, K]``.
+
+        Called without autograd, as :meth:`linear`; overriding it makes one call of E.
+
+        Args:
+            x: float ``[S, K]``.
+            offsets: integers ``[E]``: expert ``e`` has rows ``[offsets[e - 1], offsets[e])``; rows from the
+                last one on give zeros. None: all experts have S / E rows.
+
+        Returns:
+            ``[S, N]`` in the dtype of ``x``.
+        """
+        known = offsets is None or (type(offsets) is torch.Tensor and offsets.device.type == "cpu")
+        if not known:  # reading them would make the host wait, and in a graph they have no values
+            return torch._grouped_mm(x, self.dequantize().to(x.dtype).transpose(-2, -1), offsets)
+        experts, n, _ = self.shape
+        each = x.shape[0] // max(experts, 1)
+        ends = [each * (e + 1) for e in range(experts)] if offsets is None else offsets.tolist()
+        *parts, rest = x.tensor_split(ends)
         weights: list[QuantizedTensor] = list(self.unbind(0))  # type: ignore[arg-type]
-        rows = [weight.linear(each, None) for weight, each in zip(weights, x.unbind(0), strict=True)]
-        return torch.stack(rows) if rows else x.new_empty(0, x.shape[1], self.shape[1])
+        rows = [w.linear(part, None) for w, part in zip(weights, parts, strict=True) if part.shape[0]]
+        return torch.cat([*rows, rest.new_zeros(rest.shape[0], n)])
 
     def rows(self, index: torch.Tensor) -> QuantizedTensor:
         """Rows ``index`` (integers ``[R]``) along the first dimension: what an embedding looks up."""

@@ -147,8 +147,10 @@ def _addmm(
 
 def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
     if isinstance(right, TransposedWeight) and not isinstance(left, QuantizedTensor):
+        _check_stack(left, right, left.shape[0])
         return right.base.batched_linear(left)
     if isinstance(left, QuantizedTensor) and not isinstance(left, TransposedWeight):
+        _check_stack(_plain(right).transpose(1, 2), left.transpose(1, 2), right.shape[0])
         return left.batched_linear(_plain(right).transpose(1, 2)).transpose(1, 2)
     return torch.bmm(_plain(left), _plain(right))
 
@@ -156,23 +158,22 @@ def _bmm(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
 def _grouped_mm(
     left: torch.Tensor, right: torch.Tensor, offs: torch.Tensor | None = None, *rest: Any, **more: Any
 ) -> torch.Tensor:
-    """Rows ``[offs[e - 1], offs[e])`` of ``left`` times expert ``e`` of a stack ``[E, N, K]``, transposed.
-
-    On the CPU each expert runs its own linear. Elsewhere reading ``offs`` would make the host wait, and
-    in a graph it has no values: the stack is dequantized.
-    """
-    known = type(offs) is torch.Tensor and offs.device.type == "cpu"
+    """Rows ``[offs[e - 1], offs[e])`` of ``left`` times expert ``e`` of a stack ``[E, N, K]``, transposed."""
     stack = isinstance(right, TransposedWeight) and right.ndim == 3
-    if not (known and stack and type(left) is torch.Tensor and left.ndim == 2) or rest or any(more.values()):
+    extra = any(each is not None for each in (*rest, *more.values()))
+    if extra or offs is None or not stack or isinstance(left, QuantizedTensor) or left.ndim != 2:
         return torch._grouped_mm(_plain(left), _plain(right), offs, *rest, **more)
-    experts = _unbind(right.base)  # type: ignore[attr-defined]
-    out = left.new_zeros(left.shape[0], right.shape[2])
-    start = 0
-    for expert, end in zip(experts, offs.tolist(), strict=True):  # type: ignore[union-attr]
-        if end > start:
-            out[start:end] = expert.linear(left[start:end], None)
-        start = end
-    return out
+    _check_stack(left, right, offs.shape[0])
+    return right.base.grouped_linear(left, offs)  # type: ignore[attr-defined, no-any-return]
+
+
+def _check_stack(left: torch.Tensor, right: torch.Tensor, experts: int) -> None:
+    """Raise RuntimeError, as torch does, unless rows ``left`` fit the stack ``right`` ``[E, K, N]``."""
+    if (experts, left.shape[-1]) != tuple(right.shape[:2]):
+        raise RuntimeError(
+            f"rows {tuple(left.shape)} for {experts} experts do not fit a stack {tuple(right.shape)} of "
+            f"{right.shape[0]} experts with {right.shape[1]} input features each."
+        )
 
 
 def _plain(tensor: torch.Tensor) -> torch.Tensor:

@@ -20,45 +20,39 @@ from ao_kernels.device.scales import load_scales, scale_of
 
 
 @triton.jit
-def few_rows(
+def few_rows_tile(
+    column, first, last, base,
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
-    M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
+    N, width, x_stride, codes_stride, groups, scalers, scaler_size,
     KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
     BYTES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
+    """One tile of :func:`few_rows`: columns of the output from ``column`` on, rows ``[first, last)``.
 
     Args:
-        x_ptr: ``[M, width]``: a word of two activations for each byte of two codes, else one activation.
-        codes_ptr: bytes ``[N, width]``.
-        scale_ptr: ``[N, groups]``; bytes with ``CODED``: ``(offset + code * step) ** 4``.
-        zero_ptr: ``[N, groups]``, see ``ZERO``.
-        ZERO: 0 none, 1 midpoints (added), 2 zero points (instead of 8).
-        GROUP: bytes to a scale, a multiple of ``BYTES``; 0: one for the row.
-        BYTES: of a row to a part.
-        WHOLE: whether parts, and blocks of columns, fit without a rest.
+        base: the weight's first row among those of ``codes_ptr``: that of an expert in a stack.
     """
     TILE_N: tl.constexpr = BLOCK_N * SPLITS
     TILE_M: tl.constexpr = BLOCK_M * SPLITS
     tile_n = tl.arange(0, TILE_N)
     tile_m = tl.arange(0, TILE_M)
     byte = tl.arange(0, BYTES)
-    n = tl.program_id(0) * BLOCK_N + tile_n // SPLITS
+    n = column + tile_n // SPLITS
     if not WHOLE:
         n = tl.minimum(n, N - 1)
-    m = tl.program_id(1) * BLOCK_M + tile_m % BLOCK_M
+    m = first + tile_m % BLOCK_M
     start_n = (tile_n % SPLITS) * BYTES
     start_m = (tile_m // BLOCK_M) * BYTES
-    long_n = n.to(tl.int64)
+    long_n = n.to(tl.int64) + base
     code_ptrs = codes_ptr + (long_n * codes_stride + start_n)[:, None] + byte[None, :]
     x_ptrs = x_ptr + (m.to(tl.int64) * x_stride + start_m)[None, :] + byte[:, None]
     scale_ptrs = scale_ptr + long_n * groups
     zero_ptrs = zero_ptr + long_n * groups
     offset_ptrs = offset_ptr + long_n * scalers
     step_ptrs = step_ptr + long_n * scalers
-    there = (m < M)[None, :]
+    there = (m < last)[None, :]
     acc = tl.zeros((TILE_N, TILE_M), tl.float32)
     raw = load_scales(
         scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, start_n, groups, scaler_size, ZERO, CODED, GROUP
@@ -104,10 +98,39 @@ def few_rows(
     same = (tile_n % SPLITS)[:, None] == (tile_m // BLOCK_M)[None, :]
     acc = tl.where(same, acc, 0.0)
     sums = tl.sum(tl.sum(tl.reshape(acc, (BLOCK_N, SPLITS, SPLITS, BLOCK_M)), 2), 1)
-    out_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    out_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    out_n = column + tl.arange(0, BLOCK_N)
+    out_m = first + tl.arange(0, BLOCK_M)
     if BIAS:
         sums += tl.load(bias_ptr + out_n, mask=out_n < N, other=0).to(tl.float32)[:, None]
     out_ptrs = out_ptr + out_m.to(tl.int64)[None, :] * N + out_n[:, None]
-    inside = (out_m < M)[None, :] & (out_n < N)[:, None]
+    inside = (out_m < last)[None, :] & (out_n < N)[:, None]
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def few_rows(
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
+    M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
+    KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BYTES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
+
+    Args:
+        x_ptr: ``[M, width]``: a word of two activations for each byte of two codes, else one activation.
+        codes_ptr: bytes ``[N, width]``.
+        scale_ptr: ``[N, groups]``; bytes with ``CODED``: ``(offset + code * step) ** 4``.
+        zero_ptr: ``[N, groups]``, see ``ZERO``.
+        ZERO: 0 none, 1 midpoints (added), 2 zero points (instead of 8).
+        GROUP: bytes to a scale, a multiple of ``BYTES``; 0: one for the row.
+        BYTES: of a row to a part.
+        WHOLE: whether parts, and blocks of columns, fit without a rest.
+    """
+    few_rows_tile(
+        tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M, M, 0,
+        x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
+        N, width, x_stride, codes_stride, groups, scalers, scaler_size,
+        KIND, ZERO, CODED, BIAS, DTYPE, GROUP, SPLITS, BLOCK_N, BLOCK_M, BYTES, STAGES, WHOLE, INTERPRET,
+    )  # fmt: skip

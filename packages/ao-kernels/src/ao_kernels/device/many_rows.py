@@ -31,8 +31,9 @@ def add_parts(
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     total = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts_ptr + part * size + at, mask=inside, other=0)
+    for _ in tl.static_range(PARTS):
+        total += tl.load(parts_ptr + at, mask=inside, other=0)
+        parts_ptr += size  # a multiple of it need not fit 32 bits
     if BIAS:
         total += tl.load(bias_ptr + at % N, mask=inside, other=0).to(tl.float32)
     tl.store(out_ptr + at, total.to(out_ptr.dtype.element_ty), mask=inside)
@@ -57,37 +58,36 @@ def settled(acc, INTERPRET: tl.constexpr):
 
 
 @triton.jit
-def many_rows(
+def many_rows_tile(
+    column, first_row, last_row, base, part, M,
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
-    M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
+    N, width, x_stride, codes_stride, groups, scalers, scaler_size,
     KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BYTES: tl.constexpr,
     STAGES: tl.constexpr, WHOLE: tl.constexpr, SPLIT_K: tl.constexpr, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
+    """One tile of :func:`many_rows`: columns of the output from ``column`` on, rows from ``first_row`` on.
 
     Scales are read in the iteration that needs them: carried over from the one before, they would keep
     weights from being read in the layout of the tensor cores' operand.
 
     Args:
-        x_ptr: activations ``[M, x_stride]``; for codes of four bits in the order of
-            :func:`ao_kernels.device.activations.order_columns`.
-        codes_ptr: bytes ``[N, width]``.
-        GROUP: bytes to a scale, a multiple of ``BYTES``; 0: one for the row.
-        SPLIT_K: programs that share a row; ``out`` is then ``[SPLIT_K, M, N]``, for :func:`add_parts`.
-        WHOLE: whether ``width`` is a multiple of ``BYTES`` and N one of ``BLOCK_N``.
+        last_row: where rows end; nothing is stored from there on.
+        base: the weight's first row among those of ``codes_ptr``: that of an expert in a stack.
+        part: of ``SPLIT_K``.
+        M: rows of the output.
     """
     PACKED: tl.constexpr = KIND == INT4 or KIND == NF4
     COLUMNS: tl.constexpr = 2 * BYTES if PACKED else BYTES
-    tile_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    tile_m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
+    tile_n = column + tl.arange(0, BLOCK_N)
+    tile_m = first_row + tl.arange(0, BLOCK_M)
     byte = tl.arange(0, BYTES)
     column = tl.arange(0, COLUMNS)
     n = tile_n
     if not WHOLE:
         n = tl.minimum(n, N - 1)
-    m = tl.minimum(tile_m, M - 1)
-    long_n = n.to(tl.int64)
+    m = tl.minimum(tile_m, last_row - 1)
+    long_n = n.to(tl.int64) + base
     code_ptrs = codes_ptr + (long_n * codes_stride)[:, None] + byte[None, :]
     x_ptrs = x_ptr + (m.to(tl.int64) * x_stride)[None, :] + column[:, None]
     scale_ptrs = scale_ptr + long_n * groups
@@ -96,7 +96,7 @@ def many_rows(
     step_ptrs = step_ptr + long_n * scalers
     start = n * 0
     share = tl.cdiv(width, BYTES * SPLIT_K) * BYTES
-    first = tl.program_id(2) * share
+    first = part * share
     last = tl.minimum(first + share, width)
     acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
     for at in tl.range(first, last, BYTES, num_stages=STAGES):
@@ -147,5 +147,32 @@ def many_rows(
         acc += tl.load(bias_ptr + n).to(tl.float32)[:, None]
     out_ptrs = out_ptr + tile_m.to(tl.int64)[None, :] * N + tile_n[:, None]
     if SPLIT_K > 1:
-        out_ptrs += tl.program_id(2).to(tl.int64) * M * N
-    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=(tile_m < M)[None, :] & (tile_n < N)[:, None])
+        out_ptrs += part.to(tl.int64) * M * N
+    inside = (tile_m < last_row)[None, :] & (tile_n < N)[:, None]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def many_rows(
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
+    M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
+    KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
+    GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BYTES: tl.constexpr,
+    STAGES: tl.constexpr, WHOLE: tl.constexpr, SPLIT_K: tl.constexpr, INTERPRET: tl.constexpr,
+):  # fmt: skip
+    """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
+
+    Args:
+        x_ptr: activations ``[M, x_stride]``; for codes of four bits in the order of
+            :func:`ao_kernels.device.activations.order_columns`.
+        codes_ptr: bytes ``[N, width]``.
+        GROUP: bytes to a scale, a multiple of ``BYTES``; 0: one for the row.
+        SPLIT_K: programs that share a row; ``out`` is then ``[SPLIT_K, M, N]``, for :func:`add_parts`.
+        WHOLE: whether ``width`` is a multiple of ``BYTES`` and N one of ``BLOCK_N``.
+    """
+    many_rows_tile(
+        tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M, M, 0, tl.program_id(2), M,
+        x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
+        N, width, x_stride, codes_stride, groups, scalers, scaler_size,
+        KIND, ZERO, CODED, BIAS, DTYPE, GROUP, BLOCK_N, BLOCK_M, BYTES, STAGES, WHOLE, SPLIT_K, INTERPRET,
+    )  # fmt: skip

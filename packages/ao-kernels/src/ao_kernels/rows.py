@@ -1,0 +1,36 @@
+"""Activations as the kernels of weights in codes read them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+
+from ao_kernels.device.activations import order_columns
+
+
+def plain_rows(x: torch.Tensor) -> torch.Tensor:
+    """``x`` ``[M, K]``, or a copy where neighbouring columns are not beside each other."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def columns_in_order(x: torch.Tensor, width: int, size: int, dtype: Any) -> torch.Tensor:
+    """Columns as :func:`ao_kernels.device.activations.order_columns` says, for tiles of ``size`` bytes."""
+    x = plain_rows(x)
+    out = x.new_empty(x.shape[0], triton.cdiv(width, size) * 2 * size)
+    block = 1024
+    order_columns[(x.shape[0], triton.cdiv(out.shape[1], 2 * block))](
+        x, out, x.shape[1], x.stride(0), out.stride(0), BYTES=size, DTYPE=dtype, BLOCK=block
+    )
+    return out
+
+
+def pairs_of_columns(x: torch.Tensor) -> torch.Tensor:
+    """Rows of words of two activations; a copy where rows do not start at a whole word."""
+    if x.shape[1] % 2:
+        x = F.pad(x, (0, 1))
+    if x.stride(1) != 1 or x.stride(0) % 2 or x.storage_offset() % 2:
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x.view(torch.int32)
