@@ -21,6 +21,7 @@ from ao_kernels.device.many_rows import add_parts, many_rows
 from ao_kernels.rows import columns_in_order, pairs_of_columns, plain_rows
 from ao_kernels.support import hopper, interpreting
 
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
 
 
@@ -80,7 +81,7 @@ class Codes:
             "KIND": _KINDS[self.kind],
             "ZERO": zero,
             "CODED": self.offset is not None,
-            "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+            "DTYPE": _TYPES[dtype],
             "GROUP": self.group_bytes,
             "INTERPRET": interpreting(),
         }
@@ -270,8 +271,18 @@ def _decoded(
             torch.addmm(bias[part].to(x.dtype), x, floats.t(), out=out[:, part])
 
 
-def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-    """Rows ``rows`` of the weight, ``[R, columns]`` in ``dtype``: bfloat16 or float16."""
+def dequantized(
+    weight: Codes, columns: int, dtype: torch.dtype, rows: slice, *, exact: bool = False
+) -> torch.Tensor:
+    """Rows ``rows`` of the weight, ``[R, columns]`` in ``dtype``: bfloat16 or float16.
+
+    Args:
+        weight: ``[N, columns]``.
+        columns: K.
+        dtype: of the result.
+        rows: some of N.
+        exact: NF4 alone, and float32 too: levels in float32 and each operation rounded, as in the reference.
+    """
     codes, *parameters = weight.pointers()
     codes = codes[rows]
     own = [each[rows] if each.shape[0] > 1 else each for each in parameters]
@@ -280,6 +291,7 @@ def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) ->
     size, block = weight.tile_bytes(64 if weight.packed else 128), 32
     dequantize[(triton.cdiv(n, block), triton.cdiv(width, size))](
         codes, *own, out, nf4_table(out), columns, width, stride, groups, *rest,
-        **weight.constants(dtype), ROWS=block, BYTES=size, N=n,
+        **weight.constants(torch.float32 if exact else dtype), ROWS=block, BYTES=size, N=n,
+        enable_fp_fusion=not exact,
     )  # fmt: skip
     return out
