@@ -139,13 +139,20 @@ def _config(weight: Codes, rows: torch.Tensor) -> Config:
     return found
 
 
+_MOST_PROGRAMS = 65535  # on an axis of the grid but the first
+_MOST_SCALES = 2**31  # that 32 bits count
+
+
 def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
-    """``config``, or the table's where the copy engine can't read the activations or the codes."""
-    if not isinstance(config, Specialized):
-        return config
-    if hopper(rows.device) and _copyable(rows) and _copyable(weight.codes):
-        return config
-    return weight_config(weight.kind, rows.shape[0], weight.codes.shape[0])
+    """``config``, or another where the copy engine can't read operands, or a grid can't hold the tiles."""
+    if isinstance(config, Specialized):
+        counted = weight.scale.numel() < _MOST_SCALES
+        if counted and hopper(rows.device) and _copyable(rows) and _copyable(weight.codes):
+            return config
+        config = weight_config(weight.kind, rows.shape[0], weight.codes.shape[0])
+    if isinstance(config, (Few, Many)) and triton.cdiv(rows.shape[0], config.block_m) > _MOST_PROGRAMS:
+        return Decoded()
+    return config
 
 
 def _copyable(matrix: torch.Tensor) -> bool:
@@ -289,7 +296,7 @@ def dequantized(
     (n, width), (stride, groups, *rest) = codes.shape, strides(weight, codes, own[0])
     out = own[0].new_empty(n, columns, dtype=dtype)
     size, block = weight.tile_bytes(64 if weight.packed else 128), 32
-    dequantize[(triton.cdiv(n, block), triton.cdiv(width, size))](
+    dequantize[(triton.cdiv(n, block) * triton.cdiv(width, size),)](
         codes, *own, out, nf4_table(out), columns, width, stride, groups, *rest,
         **weight.constants(torch.float32 if exact else dtype), ROWS=block, BYTES=size, N=n,
         enable_fp_fusion=not exact,

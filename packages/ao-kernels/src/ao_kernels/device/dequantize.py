@@ -29,9 +29,10 @@ def dequantize(
 
     ``DTYPE`` is what codes become before they are scaled in float32: exact, but for levels of NF4.
     """
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    down = tl.cdiv(N, ROWS)
+    n = tl.program_id(0) % down * ROWS + tl.arange(0, ROWS)
     n = tl.minimum(n, N - 1).to(tl.int64)
-    at = tl.program_id(1) * BYTES
+    at = tl.program_id(0) // down * BYTES
     byte = at + tl.arange(0, BYTES)
     codes = tl.load(
         codes_ptr + n[:, None] * codes_stride + byte[None, :], mask=(byte < width)[None, :], other=0
