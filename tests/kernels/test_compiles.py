@@ -24,23 +24,13 @@ WEIGHTS = (  # kind, zero, coded, bytes to a scale, the scale's type
 )
 
 
-def compile_all(architecture: int) -> int:
-    """Compile each kernel for each kind of weight and dtype; how many there were."""
+def builder(architecture: int):
+    """``build(kernel, pointers, constants, warps)``, which counts in ``build.done``."""
     import triton
-    import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from ao_kernels.device import activations, decode, int8_gemm
-    from ao_kernels.device.dequantize import dequantize
-    from ao_kernels.device.experts import few_rows_experts, many_rows_experts
-    from ao_kernels.device.few_rows import few_rows
-    from ao_kernels.device.many_rows import add_parts, many_rows
-
-    done = 0
-
     def build(kernel, pointers, constants, warps=4):
-        nonlocal done
         names = kernel.arg_names
         signature = {name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names}
         source = ASTSource(
@@ -53,9 +43,26 @@ def compile_all(architecture: int) -> int:
                 if signature[name].startswith("*")
             },
         )
-        triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps})
-        done += 1
+        build.done += 1
+        return triton.compile(
+            source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": warps}
+        )
 
+    build.done = 0
+    return build
+
+
+def compile_all(architecture: int) -> int:
+    """Compile each kernel for each kind of weight and dtype; how many there were."""
+    import triton.language as tl
+
+    from ao_kernels.device import activations, decode
+    from ao_kernels.device.dequantize import dequantize
+    from ao_kernels.device.experts import few_rows_experts, many_rows_experts
+    from ao_kernels.device.few_rows import few_rows
+    from ao_kernels.device.many_rows import add_parts, many_rows
+
+    build = builder(architecture)
     for (dtype, float_type), weight in itertools.product(
         ((tl.bfloat16, "*bf16"), (tl.float16, "*fp16")), WEIGHTS
     ):
@@ -95,31 +102,53 @@ def compile_all(architecture: int) -> int:
             many = {"BIAS": True, "BLOCK_N": 64, "BLOCK_M": 64, "STAGES": 3, "WHOLE": whole, "SPLIT_K": 2}
             build(many_rows, pointers, {**base, **many})
         build(dequantize, pointers, {**base, "ROWS": 32})
+        if kind == "NF4":
+            build(dequantize, {**pointers, "out_ptr": "*fp32"}, {**base, "ROWS": 32, "DTYPE": tl.float32})
         for experts, offsets in ((8, "*i32"), (0, "*i64")):
             of_experts = {**base, "EXPERTS": experts, "WHOLE": experts > 0, "BLOCK_N": 32, "STAGES": 3}
             ends = {**pointers, "offsets_ptr": offsets}
             build(few_rows_experts, {**ends, **words}, {**of_experts, "SPLITS": 2, "BLOCK_M": 4}, 2)
             build(many_rows_experts, ends, {**of_experts, "BLOCK_M": 32})
-    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 8, "STAGES": 3}
-    for scaled in (0, 1, 2):
-        pointers = {"out_ptr": "*bf16" if scaled else "*i32", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
-        pointers["bias_ptr"] = "*bf16"
-        flags = {"SCALED": scaled, "BIAS": scaled > 0}
-        both = {**pointers, "x_ptr": "*i8", "w_ptr": "*i8"}
-        build(int8_gemm.int8_gemm, both, {**tiles, **flags, "WHOLE": False})
-        if architecture >= 90:
-            both = {**pointers, "x_desc": "tensordesc<i8[64,128]>", "w_desc": "tensordesc<i8[64,128]>"}
-            build(int8_gemm.int8_gemm_copy_engine, both, {**tiles, **flags})
-    for once in (True, False):
-        rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32"}
-        build(activations.quantize_rows, rows, {"EPS": 1e-5, "BLOCK": 4096, "ONCE": once})
+    compile_bytes(build, architecture)
     floats = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
     build(activations.order_columns, floats, {"BYTES": 32, "DTYPE": tl.bfloat16, "BLOCK": 1024})
     if architecture == 90:
-        done += compile_specialized()
+        build.done += compile_specialized()
     parts = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     build(add_parts, parts, {"PARTS": 4, "BIAS": True, "BLOCK": 1024})
-    return done
+    return int(build.done)
+
+
+def compile_bytes(build, architecture: int) -> None:
+    """The same for products of int8, float8 and 4-bit codes, and activations quantized for them."""
+    from ao_kernels.device import activations, int4_gemm, int8_gemm
+
+    tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 8, "STAGES": 3}
+    forms = [(False, scaled, "i8") for scaled in (0, 1, 2)]
+    forms += [(True, 2, "fp8e4nv")] if architecture >= 89 else []
+    for float8, scaled, codes in forms:
+        pointers = {"out_ptr": "*bf16" if scaled else "*i32", "x_scale_ptr": "*fp32", "scale_ptr": "*fp32"}
+        pointers["bias_ptr"] = "*bf16"
+        flags = {**tiles, "FLOAT": float8, "SCALED": scaled, "BIAS": scaled > 0}
+        both = {**pointers, "x_ptr": f"*{codes}", "w_ptr": f"*{codes}"}
+        for block_m, whole in ((16, True), (64, False)):
+            build(int8_gemm.int8_gemm, both, {**flags, "BLOCK_M": block_m, "WHOLE": whole})
+        if architecture >= 90:
+            desc = f"tensordesc<{codes}[64,128]>"
+            build(int8_gemm.int8_gemm_copy_engine, {**pointers, "x_desc": desc, "w_desc": desc}, flags)
+    for float8, once in itertools.product({form[0] for form in forms}, (True, False)):
+        rows = {"x_ptr": "*bf16", "codes_ptr": "*fp8e4nv" if float8 else "*i8", "scale_ptr": "*fp32"}
+        form = {"EPS": 1e-5, "LARGEST": 448.0 if float8 else 127.0, "INTERPRET": False}
+        build(activations.quantize_rows, rows, {**form, "BLOCK": 4096, "ONCE": once})
+    rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
+    build(activations.quantize_tokens, rows, {"EPS": 1e-7, "BLOCK": 4096})
+    pointers = {"x_ptr": "*i8", "codes_ptr": "*u8", "x_scale_ptr": "*fp32", "x_zero_ptr": "*i32"}
+    pointers |= {"scale_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    for group, (block_m, block_n, warps) in itertools.product((16, 128, 0), ((16, 32, 4), (128, 128, 8))):
+        sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BYTES": group or 64, "STAGES": 3}
+        for whole in (True, False):
+            flags = {**sizes, "GROUP": group, "BIAS": True, "WHOLE": whole}
+            build(int4_gemm.int4_gemm, pointers, flags, warps)
 
 
 def compile_specialized() -> int:

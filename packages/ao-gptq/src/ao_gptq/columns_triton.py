@@ -35,9 +35,10 @@ def columns(
     w, upper, table, groups = (each.contiguous() for each in (w, upper, table, groups))
     stack, n, c = w.shape
     steps, errors = torch.empty(w.shape, dtype=torch.uint8, device=w.device), torch.empty_like(w)
-    gptq_columns[(triton.cdiv(n, _ROWS), stack)](
-        w, upper, table, groups, steps, errors, n, c, table.shape[2],
-        LEVELS=levels, WIDTH=table.shape[3], BLOCK_N=_ROWS, BLOCK_C=max(triton.next_power_of_2(c), 16),
-        num_warps=4,
-    )  # fmt: skip
+    with torch.cuda.device_of(w):  # Triton launches on the current device, whatever the tensors'
+        gptq_columns[(triton.cdiv(n, _ROWS), stack)](
+            w, upper, table, groups, steps, errors, n, c, table.shape[2],
+            LEVELS=levels, WIDTH=table.shape[3], BLOCK_N=_ROWS, BLOCK_C=max(triton.next_power_of_2(c), 16),
+            num_warps=4,
+        )  # fmt: skip
     return steps, errors

@@ -1,4 +1,4 @@
-"""int8 matrix products: exact in int32, or scaled; and activations quantized for them."""
+"""int8 and float8 matrix products, scaled or, of int8, exact in int32; and activations quantized for them."""
 
 from __future__ import annotations
 
@@ -11,29 +11,36 @@ from ao_kernels import tiles
 from ao_kernels.configs import Gemm, int8_config
 from ao_kernels.device import activations
 from ao_kernels.device.int8_gemm import int8_gemm, int8_gemm_copy_engine
+from ao_kernels.support import interpreting
 from ao_kernels.weight_linear import check_columns, on_device
 
-EPS = 1e-5
-"""The least absmax of a row of activations: a row of zeros becomes zeros."""
+FLOAT8 = torch.float8_e4m3fn
+_FORMS = {torch.int8: (127.0, 1e-5), FLOAT8: (448.0, 1e-12)}
+"""The largest code, and the least absmax of a row of activations: a row of zeros becomes zeros."""
 
 
-def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int8 codes in [-127, 127] and ``scale = max(absmax, 1e-5) / 127`` of each row of ``x`` ``[M, K]``.
+def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and ``scale = max(absmax, least) / largest`` of each row of ``x`` ``[M, K]``.
+
+    Args:
+        x: float ``[M, K]``.
+        dtype: int8, with the largest code 127 and the least absmax 1e-5; or float8_e4m3fn, 448 and 1e-12.
 
     Returns:
-        int8 ``[M, K]``, its rows a multiple of 16 bytes apart, and float32 ``[M]``. A row with infinity or
-        NaN has that as its scale.
+        ``[M, K]`` in ``dtype``, its rows a multiple of 16 bytes apart, and float32 ``[M]``. A row with
+        infinity or NaN has that as its scale.
     """
     m, k = x.shape
     x = x if x.stride(1) == 1 else x.contiguous()
-    codes = x.new_empty(m, -(-k // 16) * 16, dtype=torch.int8)
+    codes = x.new_empty(m, -(-k // 16) * 16, dtype=dtype)
+    largest, least = _FORMS[dtype]
     scale = x.new_empty(m, dtype=torch.float32)
     if m:
         block = min(triton.next_power_of_2(k), 8192)
         with on_device(x.device):
             activations.quantize_rows[(m,)](
-                x, codes, scale, k, x.stride(0), codes.stride(0), EPS=EPS, BLOCK=block,
-                ONCE=k <= block, num_warps=max(min(block // 512, 16), 1),
+                x, codes, scale, k, x.stride(0), codes.stride(0), EPS=least, LARGEST=largest, BLOCK=block,
+                ONCE=k <= block, INTERPRET=interpreting(), num_warps=max(min(block // 512, 16), 1),
             )  # fmt: skip
     return codes[:, :k], scale
 
@@ -47,6 +54,8 @@ def dynamic_linear(
 ) -> torch.Tensor:
     """``x`` ``[..., K]`` quantized row by row, times ``codes`` ``[N, K]``, scaled; in the dtype of ``x``.
 
+    Activations become what the codes are, int8 or float8_e4m3fn.
+
     Raises:
         RuntimeError: the columns of ``x`` and the weight differ.
     """
@@ -54,9 +63,10 @@ def dynamic_linear(
     check_columns(x, k)
     rows = x.reshape(-1, k)
     if config is None:
-        found = tiles.find("int8-dynamic", rows.shape[0], n, k, x.dtype, x.device)
+        kind = "float8-dynamic" if codes.dtype == FLOAT8 else "int8-dynamic"
+        found = tiles.find(kind, rows.shape[0], n, k, x.dtype, x.device)
         config = found if isinstance(found, Gemm) else int8_config(rows.shape[0], n)
-    x_codes, x_scale = quantize_rows(rows)
+    x_codes, x_scale = quantize_rows(rows, codes.dtype)
     return scaled_mm(x_codes, codes, x_scale, scale, bias, x.dtype, config).view(*x.shape[:-1], n)
 
 
@@ -72,8 +82,8 @@ def scaled_mm(
     """``(x @ w.T) * x_scale[:, None] * scale + bias`` in ``dtype``; without scales, the exact sums in int32.
 
     Args:
-        x: int8 ``[M, K]``, rows in any distance.
-        w: int8 ``[N, K]``, so too.
+        x: int8 or float8_e4m3fn ``[M, K]``, rows in any distance.
+        w: the same ``[N, K]``.
         x_scale: float ``[M]`` or None.
         scale: float, N numbers, or None; not without ``x_scale``.
         bias: float ``[N]`` or None; not without ``x_scale``.
@@ -87,7 +97,8 @@ def scaled_mm(
     x, w = (each if each.stride(1) == 1 else each.contiguous() for each in (x, w))
     given = [out if each is None else each.contiguous() for each in (x_scale, scale, bias)]
     config = config or int8_config(m, n)
-    flags = {"SCALED": (x_scale is not None) + (scale is not None), "BIAS": bias is not None}
+    scaled = (x_scale is not None) + (scale is not None)
+    flags = {"FLOAT": x.dtype == FLOAT8, "SCALED": scaled, "BIAS": bias is not None}
     with on_device(x.device):
         _launch(x, w, out, given, (m, n, k), config, flags)
     return out

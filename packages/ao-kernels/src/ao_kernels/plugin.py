@@ -37,19 +37,24 @@ def _kernels() -> Iterator[Any]:
         "nf4_linear": (nf4_linear.linear, nf4_linear.misfit),
         "int8_weight_linear": (int8_linear.weight_linear, int8_linear.weight_misfit),
         "int8_dynamic_linear": (int8_linear.dynamic_linear, int8_linear.dynamic_misfit),
+        "int8_dynamic_int4_linear": (int4_linear.dynamic_linear, int4_linear.dynamic_misfit),
         "float8_weight_linear": (float8_linear.linear, float8_linear.misfit),
+        "float8_dynamic_linear": (float8_linear.dynamic_linear, float8_linear.dynamic_misfit),
         "int4_experts_linear": (experts.int4_linear, int4_linear.misfit),
         "nf4_experts_linear": (experts.nf4_linear, nf4_linear.misfit),
         "int8_experts_linear": (experts.int8_linear, int8_linear.weight_misfit),
         "float8_experts_linear": (experts.float8_linear, float8_linear.misfit),
+    }
+    bytes_: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
+        "nf4_dequantize": (nf4_linear.dequantize, nf4_linear.dequantize_misfit),
     }
     integers: dict[str, tuple[Callable[..., Any], Callable[[Key], str | None]]] = {
         "int8_mm": (int8_linear.mm, int8_linear.mm_misfit),
         "int8_scaled_mm": (int8_linear.scaled_mm, int8_linear.mm_misfit),
     }
     for provider in providers():
-        for op, (fn, misfit) in (found | integers).items():
-            dtypes = (torch.int8,) if op in integers else HALVES
+        for op, (fn, misfit) in (found | bytes_ | integers).items():
+            dtypes = (torch.int8,) if op in integers else (torch.uint8,) if op in bytes_ else HALVES
             yield Kernel(
                 op,
                 provider,

@@ -22,6 +22,7 @@ from ao_kernels.device.many_rows import add_parts, many_rows
 from ao_kernels.rows import columns_in_order, pairs_of_columns, plain_rows
 from ao_kernels.support import hopper
 
+_TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
 
 
@@ -81,7 +82,7 @@ class Codes:
             "KIND": _KINDS[self.kind],
             "ZERO": zero,
             "CODED": self.offset is not None,
-            "DTYPE": tl.bfloat16 if dtype == torch.bfloat16 else tl.float16,
+            "DTYPE": _TYPES[dtype],
             "GROUP": self.group_bytes,
             "INTERPRET": interpreting(),
         }
@@ -139,13 +140,20 @@ def _config(weight: Codes, rows: torch.Tensor) -> Config:
     return found
 
 
+_MOST_PROGRAMS = 65535  # on an axis of the grid but the first
+_MOST_SCALES = 2**31  # that 32 bits count
+
+
 def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
-    """``config``, or the table's where the copy engine can't read the activations or the codes."""
-    if not isinstance(config, Specialized):
-        return config
-    if hopper(rows.device) and _copyable(rows) and _copyable(weight.codes):
-        return config
-    return weight_config(weight.kind, rows.shape[0], weight.codes.shape[0])
+    """``config``, or another where the copy engine can't read operands, or a grid can't hold the tiles."""
+    if isinstance(config, Specialized):
+        counted = weight.scale.numel() < _MOST_SCALES
+        if counted and hopper(rows.device) and _copyable(rows) and _copyable(weight.codes):
+            return config
+        config = weight_config(weight.kind, rows.shape[0], weight.codes.shape[0])
+    if isinstance(config, (Few, Many)) and triton.cdiv(rows.shape[0], config.block_m) > _MOST_PROGRAMS:
+        return Decoded()
+    return config
 
 
 def _copyable(matrix: torch.Tensor) -> bool:
@@ -271,16 +279,27 @@ def _decoded(
             torch.addmm(bias[part].to(x.dtype), x, floats.t(), out=out[:, part])
 
 
-def dequantized(weight: Codes, columns: int, dtype: torch.dtype, rows: slice) -> torch.Tensor:
-    """Rows ``rows`` of the weight, ``[R, columns]`` in ``dtype``: bfloat16 or float16."""
+def dequantized(
+    weight: Codes, columns: int, dtype: torch.dtype, rows: slice, *, exact: bool = False
+) -> torch.Tensor:
+    """Rows ``rows`` of the weight, ``[R, columns]`` in ``dtype``: bfloat16 or float16.
+
+    Args:
+        weight: ``[N, columns]``.
+        columns: K.
+        dtype: of the result.
+        rows: some of N.
+        exact: NF4 alone, and float32 too: levels in float32 and each operation rounded, as in the reference.
+    """
     codes, *parameters = weight.pointers()
     codes = codes[rows]
     own = [each[rows] if each.shape[0] > 1 else each for each in parameters]
     (n, width), (stride, groups, *rest) = codes.shape, strides(weight, codes, own[0])
     out = own[0].new_empty(n, columns, dtype=dtype)
     size, block = weight.tile_bytes(64 if weight.packed else 128), 32
-    dequantize[(triton.cdiv(n, block), triton.cdiv(width, size))](
+    dequantize[(triton.cdiv(n, block) * triton.cdiv(width, size),)](
         codes, *own, out, nf4_table(out), columns, width, stride, groups, *rest,
-        **weight.constants(dtype), ROWS=block, BYTES=size, N=n,
+        **weight.constants(torch.float32 if exact else dtype), ROWS=block, BYTES=size, N=n,
+        enable_fp_fusion=not exact,
     )  # fmt: skip
     return out

@@ -7,13 +7,14 @@ what the linears of single weights take, with E in front of each tensor of the w
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 
-from ao_core import Kernel, Op
+from ao_core import Kernel, Key, Op
 from ao_core.numerics import affine
 from ao_quant.decoded import rejects_device
 from ao_quant.float8_ops import FLOAT8_WEIGHT_LINEAR
@@ -102,8 +103,8 @@ def groupable(x: torch.Tensor, n: int) -> bool:
     return hasattr(torch.nn.functional, "grouped_mm") and x.dtype == torch.bfloat16 and aligned
 
 
-def _experts_op(linear: Op, decode: Callable[..., torch.Tensor]) -> tuple[Op, Kernel]:
-    """The op for stacks of what ``linear`` takes, and what torch computes for it."""
+def _experts_op(linear: Op, decode: Callable[..., torch.Tensor]) -> tuple[Op, list[Kernel]]:
+    """The op for stacks of what ``linear`` takes, and what torch and the native linears compute for it."""
     name = linear.name.replace("_weight_linear", "_linear").replace("_linear", "_experts_linear")
 
     def reference(x: torch.Tensor, offsets: torch.Tensor | None, *weight: Any) -> torch.Tensor:
@@ -118,12 +119,22 @@ def _experts_op(linear: Op, decode: Callable[..., torch.Tensor]) -> tuple[Op, Ke
         found = None if x.device.type == "cpu" or not x.numel() else dense(decode, x, offsets, *weight)
         return by_expert(linear, x, offsets, *weight) if found is None else found
 
+    def run_native(x: torch.Tensor, offsets: torch.Tensor | None, *weight: Any) -> torch.Tensor:
+        return by_expert(functools.partial(linear, provider="native"), x, offsets, *weight)
+
     schema = linear.schema.replace("Tensor x", "Tensor x, Tensor? offsets").replace(", Tensor? bias", "")
     op = Op(
         name, schema, reference=reference, fake=fake, samples=lambda device: _samples(linear, device),
         activations=2,
     )  # fmt: skip
-    return op, Kernel(name, "torch", run, rejects=rejects_device)
+    return op, [
+        Kernel(name, "torch", run, rejects=rejects_device),
+        Kernel(name, "native", run_native, priority=-2, rejects=_rejects_native),  # for plans that pin it
+    ]
+
+
+def _rejects_native(key: Key) -> str | None:
+    return None if key.device.type == "cpu" else f"it runs on cpu, not on {key.device.type}"
 
 
 def _samples(linear: Op, device: torch.device) -> Iterator[tuple[Any, ...]]:
@@ -180,4 +191,4 @@ INT8_EXPERTS_LINEAR, _int8 = _experts_op(INT8_WEIGHT_LINEAR, _decode_int8)
 FLOAT8_EXPERTS_LINEAR, _float8 = _experts_op(FLOAT8_WEIGHT_LINEAR, _decode_float8)
 
 OPS = [INT4_EXPERTS_LINEAR, NF4_EXPERTS_LINEAR, INT8_EXPERTS_LINEAR, FLOAT8_EXPERTS_LINEAR]
-KERNELS = [_int4, _nf4, _int8, _float8]
+KERNELS = [*_int4, *_nf4, *_int8, *_float8]

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
 from ao_core.numerics import affine, codebook, pack
 from ao_quant.experts_ops import NF4_EXPERTS_LINEAR
-from ao_quant.nf4_ops import NF4_LINEAR, block_absmax, dequantize_nf4, nf4_levels
+from ao_quant.nf4_ops import NF4_DEQUANTIZE, NF4_LINEAR, block_absmax, dequantize_reference, nf4_levels
 from ao_quant.ranges import total
 
 # The largest root whose fourth power float32 holds, less some steps that rounding may take up.
@@ -49,12 +49,16 @@ class Nf4Tensor(QuantizedTensor):
     scaler_block_size: int
 
     def dequantize(self) -> torch.Tensor:
-        """``level * absmax`` in float32, cast to the outer dtype."""
-        return dequantize_nf4(
+        """``level * absmax`` in float32, cast to the outer dtype: by ``ao::nf4_dequantize`` on CUDA.
+
+        Elsewhere there is no kernel for it, and torch's operators can be compiled into their surroundings.
+        """
+        run = NF4_DEQUANTIZE if self.device.type == "cuda" else dequantize_reference
+        out: torch.Tensor = run(
             self.packed, self.absmax, self.offset, self.step,
-            columns=self.shape[-1], block_size=self.block_size,
-            scaler_block_size=self.scaler_block_size, dtype=self.dtype,
+            self.shape[-1], self.block_size, self.scaler_block_size, self.dtype,
         )  # fmt: skip
+        return out
 
     def linear(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """One call of ``ao::nf4_linear``.

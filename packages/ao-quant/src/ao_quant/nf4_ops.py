@@ -1,4 +1,4 @@
-"""The linear of the NF4 scheme: 16 levels at the quantiles of a normal distribution, scaled by block.
+"""The linear of the NF4 scheme and its weight in floats: 16 levels of a normal distribution, scaled by block.
 
 A block's absmax is stored as float32, or as a byte on a grid of fourth roots that some neighbouring blocks
 share. The levels are those of QLoRA (arXiv:2305.14314, appendix E).
@@ -208,6 +208,43 @@ def linear_problem(x: torch.Tensor, n: int, seed: int) -> tuple[Any, ...]:
     return x, pack.pack(codes(k, 16), bits=4), codes(blocks, 256), offset, step, None, 64, 256
 
 
+def dequantize_reference(
+    packed: torch.Tensor,
+    absmax: torch.Tensor,
+    offset: torch.Tensor | None,
+    step: torch.Tensor | None,
+    columns: int,
+    block_size: int,
+    scaler_block_size: int,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """:func:`dequantize_nf4`; a kernel's result is the same to the bit."""
+    return dequantize_nf4(
+        packed, absmax, offset, step, columns=columns, block_size=block_size,
+        scaler_block_size=scaler_block_size, dtype=dtype,
+    )  # fmt: skip
+
+
+def _dequantize_fake(packed: torch.Tensor, *rest: Any) -> torch.Tensor:
+    return packed.new_empty((*packed.shape[:-1], rest[3]), dtype=rest[-1])
+
+
+def dequantize_samples(device: torch.device) -> Iterator[tuple[Any, ...]]:
+    """Arguments of ``nf4_dequantize``: the weights of the linear's samples, and a stack."""
+    for x, packed, absmax, offset, step, _, *sizes in linear_samples(device):
+        yield packed, absmax, offset, step, x.shape[-1], *sizes, x.dtype
+    stack = torch.randint(0, 256, (3, 5, 48), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
+    yield stack.to(device), torch.rand(3, 5, 3).to(device), None, None, 95, 32, 256, torch.bfloat16
+
+
+NF4_DEQUANTIZE = Op(
+    "nf4_dequantize",
+    "(Tensor packed, Tensor absmax, Tensor? offset, Tensor? step, int columns, int block_size, "
+    "int scaler_block_size, ScalarType dtype) -> Tensor",
+    reference=dequantize_reference,
+    fake=_dequantize_fake,
+    samples=dequantize_samples,
+)
 NF4_LINEAR = Op(
     "nf4_linear",
     "(Tensor x, Tensor packed, Tensor absmax, Tensor? offset, Tensor? step, Tensor? bias, int block_size, "
@@ -218,4 +255,7 @@ NF4_LINEAR = Op(
     problem=linear_problem,
 )
 
-KERNELS = [Kernel("nf4_linear", "torch", linear_torch, rejects=rejects_device)]
+KERNELS = [
+    Kernel("nf4_linear", "torch", linear_torch, rejects=rejects_device),
+    Kernel("nf4_dequantize", "torch", dequantize_reference, rejects=rejects_device),
+]

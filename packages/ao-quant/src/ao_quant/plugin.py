@@ -37,6 +37,7 @@ def ao_register_ops() -> list[Any]:
         int4_ops.INT8_DYNAMIC_INT4_LINEAR,
         int4_tiles.INT4_TILED_LINEAR,
         nf4_ops.NF4_LINEAR,
+        nf4_ops.NF4_DEQUANTIZE,
         float8_ops.FLOAT8_WEIGHT_LINEAR,
         float8_ops.FLOAT8_DYNAMIC_LINEAR,
         *experts_ops.OPS,

@@ -1,4 +1,4 @@
-"""Activations as the matrix kernels want them: in the order of decoded columns, or in int8."""
+"""Activations as the matrix kernels want them: in the order of decoded columns, or in 8 bits."""
 
 from __future__ import annotations
 
@@ -25,32 +25,53 @@ def order_columns(
 
 
 @triton.jit
-def _row_scale(largest, nans, EPS: tl.constexpr):
-    """``max(absmax, EPS) / 127`` of magnitudes; NaN if the row holds one."""
+def _row_scale(largest, nans, EPS: tl.constexpr, LARGEST: tl.constexpr):
+    """``max(absmax, EPS) / LARGEST`` of magnitudes; NaN if the row holds one."""
     absmax = tl.where(tl.max(nans, 0) > 0, float("nan"), tl.max(largest, 0))
-    return tl.div_rn(tl.where(absmax < EPS, EPS, absmax), 127.0)
+    return tl.div_rn(tl.where(absmax < EPS, EPS, absmax), LARGEST)
 
 
 @triton.jit
-def _codes(values, scale):
-    """int8 ``round(values / scale)``, half to even: what adding and taking off 1.5 * 2 ** 23 does."""
-    return ((tl.div_rn(values, scale) + 12582912.0) - 12582912.0).to(tl.int8)
+def _nearest(values):
+    """Whole numbers, half to even: what adding and taking off 1.5 * 2 ** 23 does."""
+    return (values + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def _codes(values, scale, TYPE: tl.constexpr, LARGEST: tl.constexpr, INTERPRET: tl.constexpr):
+    """``values / scale`` as int8, or as float8 of at most ``LARGEST``."""
+    ratio = tl.div_rn(values, scale)
+    if TYPE == tl.int8:
+        codes = _nearest(ratio)
+    else:
+        codes = tl.minimum(tl.maximum(ratio, -LARGEST), LARGEST)
+        if INTERPRET:  # it rounds half up: here to the multiples of an eighth of the power of two below
+            power = (codes.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+            step = tl.maximum(power, 0.015625) * 0.125
+            codes = _nearest(codes / step) * step
+    return codes.to(TYPE)
 
 
 @triton.jit
 def quantize_rows(
     x_ptr, codes_ptr, scale_ptr, K, x_stride, codes_stride,
-    EPS: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
+    EPS: tl.constexpr, LARGEST: tl.constexpr, BLOCK: tl.constexpr, ONCE: tl.constexpr,
+    INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """int8 codes and ``scale = max(absmax, EPS) / 127`` of each row; ``ONCE``: K is at most BLOCK."""
+    """Codes in int8 or float8, and ``scale = max(absmax, EPS) / LARGEST`` of each row.
+
+    ``ONCE``: K is at most BLOCK.
+    """
+    TYPE: tl.constexpr = codes_ptr.dtype.element_ty
     row = tl.program_id(0).to(tl.int64)
     source = x_ptr + row * x_stride
     target = codes_ptr + row * codes_stride
     block = tl.arange(0, BLOCK)
     if ONCE:
         values = tl.load(source + block, mask=block < K, other=0).to(tl.float32)
-        scale = _row_scale(tl.abs(values), (values != values).to(tl.int32), EPS)
-        tl.store(target + block, _codes(values, scale), mask=block < codes_stride)
+        scale = _row_scale(tl.abs(values), (values != values).to(tl.int32), EPS, LARGEST)
+        codes = _codes(values, scale, TYPE, LARGEST, INTERPRET)
+        tl.store(target + block, codes, mask=block < codes_stride)
     else:
         largest = tl.zeros((BLOCK,), tl.float32)
         nans = tl.zeros((BLOCK,), tl.int32)
@@ -58,8 +79,47 @@ def quantize_rows(
             values = tl.load(source + start + block, mask=start + block < K, other=0).to(tl.float32)
             nans |= (values != values).to(tl.int32)
             largest = tl.maximum(largest, tl.abs(values))
-        scale = _row_scale(largest, nans, EPS)
+        scale = _row_scale(largest, nans, EPS, LARGEST)
         for start in range(0, K, BLOCK):
             values = tl.load(source + start + block, mask=start + block < K, other=0).to(tl.float32)
-            tl.store(target + start + block, _codes(values, scale), mask=start + block < codes_stride)
+            codes = _codes(values, scale, TYPE, LARGEST, INTERPRET)
+            tl.store(target + start + block, codes, mask=start + block < codes_stride)
     tl.store(scale_ptr + row, scale)
+
+
+@triton.jit
+def _token_codes(values, scale, zero):
+    """``round(values / scale) + zero``, in [-128, 127]."""
+    return tl.minimum(tl.maximum(_nearest(tl.div_rn(values, scale)) + zero, -128.0), 127.0).to(tl.int8)
+
+
+@triton.jit
+def quantize_tokens(
+    x_ptr, codes_ptr, scale_ptr, zero_ptr, K, x_stride, codes_stride, EPS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """Asymmetric int8 codes of each row, its float32 scale and int32 zero point.
+
+    The range holds zero; the scale is at least ``EPS``, and NaN in a row with NaN.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    source = x_ptr + row * x_stride
+    target = codes_ptr + row * codes_stride
+    block = tl.arange(0, BLOCK)
+    least = tl.zeros((BLOCK,), tl.float32)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    nans = tl.zeros((BLOCK,), tl.int32)
+    for start in range(0, K, BLOCK):
+        values = tl.load(source + start + block, mask=start + block < K, other=0).to(tl.float32)
+        nans |= (values != values).to(tl.int32)
+        least = tl.minimum(least, values)
+        largest = tl.maximum(largest, values)
+    low = tl.min(least, 0)
+    scale = tl.div_rn(tl.max(largest, 0) - low, 255.0)
+    scale = tl.where(scale < EPS, EPS, scale)
+    scale = tl.where(tl.max(nans, 0) > 0, float("nan"), scale)
+    zero = tl.minimum(tl.maximum(-128.0 - _nearest(tl.div_rn(low, scale)), -128.0), 127.0)
+    for start in range(0, K, BLOCK):
+        values = tl.load(source + start + block, mask=start + block < K, other=0).to(tl.float32)
+        tl.store(target + start + block, _token_codes(values, scale, zero), mask=start + block < codes_stride)
+    tl.store(scale_ptr + row, scale)
+    tl.store(zero_ptr + row, zero.to(tl.int32))

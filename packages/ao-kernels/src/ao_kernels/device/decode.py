@@ -129,12 +129,17 @@ def _bits(value: float, half: bool) -> int:
     """A float's 16 bits: float16, or bfloat16 rounded half to even."""
     if half:
         return int(struct.unpack("<H", struct.pack("<e", value))[0])
-    (whole,) = struct.unpack("<I", struct.pack("<f", value))
-    return int((whole + 0x7FFF + (whole >> 16 & 1)) >> 16)
+    whole = _float_bits(value)
+    return (whole + 0x7FFF + (whole >> 16 & 1)) >> 16
 
 
-def _nf4_asm(half: bool) -> str:
-    bits = [_bits(level, half) for level in NF4_LEVELS]
+def _float_bits(value: float) -> int:
+    """A float32's 32 bits."""
+    return int(struct.unpack("<I", struct.pack("<f", value))[0])
+
+
+def _nf4_asm(bits: list[int]) -> str:
+    """Assembly that looks up 16 bits for each code."""
     words = {}
     for part in range(4):
         four = bits[4 * part : 4 * part + 4]
@@ -148,8 +153,10 @@ def _nf4_asm(half: bool) -> str:
 
 _NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x43004300", one="0x3f803f80"))
 _NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x64006400", one="0x3c003c00"))
-_NF4_BFLOAT16 = tl.constexpr(_nf4_asm(half=False))
-_NF4_FLOAT16 = tl.constexpr(_nf4_asm(half=True))
+_NF4_BFLOAT16 = tl.constexpr(_nf4_asm([_bits(level, False) for level in NF4_LEVELS]))
+_NF4_FLOAT16 = tl.constexpr(_nf4_asm([_bits(level, True) for level in NF4_LEVELS]))
+_NF4_UPPER = tl.constexpr(_nf4_asm([_float_bits(level) >> 16 for level in NF4_LEVELS]))
+_NF4_LOWER = tl.constexpr(_nf4_asm([_float_bits(level) & 0xFFFF for level in NF4_LEVELS]))
 _B16 = {"exponent": "0x43004300", "one": "0x3f803f80", "dtype": "bf16x2", "sixteen": "0x41804180"}
 _F16 = {"exponent": "0x64006400", "one": "0x3c003c00", "dtype": "f16x2", "sixteen": "0x4c004c00"}
 
@@ -249,10 +256,22 @@ def integers(codes, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
 
 @triton.jit
 def nf4_levels(codes, table, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
-    """The NF4 levels of the low and of the high four bits of bytes. ``table``: 16 floats, if interpreted."""
+    """The NF4 levels of the low and of the high four bits of bytes. ``table``: 16 floats, if interpreted.
+
+    In float32 they are exact, and looked up half by half.
+    """
     if INTERPRET:
         low = tl.load(table + (codes & 15)).to(DTYPE)
         high = tl.load(table + (codes >> 4)).to(DTYPE)
+    elif DTYPE == tl.float32:
+        low_upper, high_upper = tl.inline_asm_elementwise(
+            _NF4_UPPER, "=r,=r,=r,=r,r", [codes], (tl.uint16, tl.uint16), is_pure=True, pack=4
+        )
+        low_lower, high_lower = tl.inline_asm_elementwise(
+            _NF4_LOWER, "=r,=r,=r,=r,r", [codes], (tl.uint16, tl.uint16), is_pure=True, pack=4
+        )
+        low = ((low_upper.to(tl.uint32) << 16) | low_lower.to(tl.uint32)).to(tl.float32, bitcast=True)
+        high = ((high_upper.to(tl.uint32) << 16) | high_lower.to(tl.uint32)).to(tl.float32, bitcast=True)
     elif DTYPE == tl.bfloat16:
         low, high = tl.inline_asm_elementwise(
             _NF4_BFLOAT16, "=r,=r,=r,=r,r", [codes], (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4

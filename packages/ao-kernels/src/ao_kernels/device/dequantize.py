@@ -25,10 +25,14 @@ def dequantize(
     KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, DTYPE: tl.constexpr, GROUP: tl.constexpr,
     ROWS: tl.constexpr, BYTES: tl.constexpr, N, INTERPRET: tl.constexpr,
 ):  # fmt: skip
-    """``out [N, K]`` in ``DTYPE``; a program writes ``ROWS`` rows of ``BYTES`` bytes, which share a group."""
-    n = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    """``out [N, K]``; a program writes ``ROWS`` rows of ``BYTES`` bytes, which share a group.
+
+    ``DTYPE`` is what codes become before they are scaled in float32: exact, but for levels of NF4.
+    """
+    down = tl.cdiv(N, ROWS)
+    n = tl.program_id(0) % down * ROWS + tl.arange(0, ROWS)
     n = tl.minimum(n, N - 1).to(tl.int64)
-    at = tl.program_id(1) * BYTES
+    at = tl.program_id(0) // down * BYTES
     byte = at + tl.arange(0, BYTES)
     codes = tl.load(
         codes_ptr + n[:, None] * codes_stride + byte[None, :], mask=(byte < width)[None, :], other=0
@@ -61,5 +65,5 @@ def dequantize(
         else:
             values = float8_values(codes, DTYPE, INTERPRET).to(tl.float32) * scale
         column = byte
-    values = values.to(DTYPE)
+    values = values.to(out_ptr.dtype.element_ty)
     tl.store(out_ptr + n[:, None] * K + column[None, :], values, mask=(column < K)[None, :])

@@ -1,4 +1,8 @@
-"""int8 matrix products on the tensor cores, exact in int32, and scaled ones."""
+"""int8 and float8 matrix products on the tensor cores, and scaled ones: int8 exact in int32.
+
+float8 products are summed in float32. Hopper's tensor cores keep some 14 bits of a sum of their own, so it is
+added to one in full after 128 columns at most.
+"""
 
 from __future__ import annotations
 
@@ -37,45 +41,59 @@ def _finish(
 
 
 @triton.jit
+def _product(x, w, acc, FLOAT: tl.constexpr, BLOCK_K: tl.constexpr):
+    """``acc + x @ w``."""
+    if FLOAT:
+        acc = tl.dot(x, w, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
+    else:
+        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+    return acc
+
+
+@triton.jit
 def int8_gemm(
     x_ptr, w_ptr, out_ptr, x_scale_ptr, scale_ptr, bias_ptr, M, N, K, x_stride, w_stride,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    FLOAT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """``out [M, N] = x [M, K] @ w [N, K].T``, rows in any distance; ``WHOLE``: K is a multiple of BLOCK_K."""
+    """``out [M, N] = x [M, K] @ w [N, K].T``, rows in any distance; ``WHOLE``: K is a multiple of BLOCK_K.
+
+    ``FLOAT``: x and w are float8, else int8.
+    """
     tile_m, tile_n = _tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     k = tl.arange(0, BLOCK_K)
     x_ptrs = x_ptr + tl.minimum(m, M - 1).to(tl.int64)[:, None] * x_stride + k[None, :]
     w_ptrs = w_ptr + tl.minimum(n, N - 1).to(tl.int64)[None, :] * w_stride + k[:, None]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if FLOAT else tl.int32)
     for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
         if WHOLE:
             x = tl.load(x_ptrs + start)
             w = tl.load(w_ptrs + start)
         else:
-            x = tl.load(x_ptrs + start, mask=(start + k < K)[None, :], other=0)
-            w = tl.load(w_ptrs + start, mask=(start + k < K)[:, None], other=0)
-        acc = tl.dot(x, w, acc, out_dtype=tl.int32)
+            x = tl.load(x_ptrs + start, mask=(start + k < K)[None, :], other=0.0)
+            w = tl.load(w_ptrs + start, mask=(start + k < K)[:, None], other=0.0)
+        acc = _product(x, w, acc, FLOAT, BLOCK_K)
     _finish(acc, out_ptr, x_scale_ptr, scale_ptr, bias_ptr, m, n, M, N, SCALED, BIAS)
 
 
 @triton.jit
 def int8_gemm_copy_engine(
     x_desc, w_desc, out_ptr, x_scale_ptr, scale_ptr, bias_ptr, M, N, K, programs,
-    SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
+    FLOAT: tl.constexpr, SCALED: tl.constexpr, BIAS: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The same by the copy engine: operands are tensor descriptors ``[M, K]`` and ``[N, K]``; persistent."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for index in tl.range(tl.program_id(0), tiles, programs):
         tile_m, tile_n = _tile_of(index, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.int32)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32 if FLOAT else tl.int32)
         for start in tl.range(0, K, BLOCK_K, num_stages=STAGES):
             x = x_desc.load([tile_m * BLOCK_M, start])
             w = w_desc.load([tile_n * BLOCK_N, start])
-            acc = tl.dot(x, w.T, acc, out_dtype=tl.int32)
+            acc = _product(x, w.T, acc, FLOAT, BLOCK_K)
         m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
         n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
         _finish(acc, out_ptr, x_scale_ptr, scale_ptr, bias_ptr, m, n, M, N, SCALED, BIAS)
