@@ -113,7 +113,12 @@ def main() -> None:
     )
     parser.add_argument("file", type=Path)
     parser.add_argument("schemes", nargs="*", default=SCHEMES)
-    parser.add_argument("--peers", action="store_true", help="torchao's int4 and int8, if it is installed")
+    parser.add_argument(
+        "--peers",
+        nargs="*",
+        choices=list(TORCHAO),
+        help="if torchao is installed; without names, all of them",
+    )
     parser.add_argument("--profile", action="store_true", help="name the kernels that take longest")
     parser.add_argument("--layers", type=int, default=LAYERS)
     given = parser.parse_args()
@@ -125,10 +130,11 @@ def main() -> None:
         assert isinstance(model.head.weight, ao.QuantizedTensor), "the output projection was left alone"
         rows.append(measure(model, name, device, profiled=given.profile))
         del model
-    if given.peers:
+    if given.peers is not None:
         from torchao import quantization
 
-        for name, config in TORCHAO.items():
+        for name in given.peers or TORCHAO:
+            config = TORCHAO[name]
             model = random_model(device, layers=given.layers)
             options = {"int4_packing_format": "tile_packed_to_4d"} if "int4" in name else {}
             quantization.quantize_(model, getattr(quantization, config)(**options))
