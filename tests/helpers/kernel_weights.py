@@ -1,4 +1,4 @@
-"""Weights in codes of every kind, with the values that they stand for."""
+"""Weights in codes of every kind, with the values that they stand for, and the ops that read such."""
 
 from __future__ import annotations
 
@@ -10,6 +10,24 @@ from ao_kernels.weight_linear import Codes
 # dB against float64 with the weight as stored: what 16-bit weights and results cost. The interpreter cuts
 # bfloat16 off where a GPU rounds.
 LEAST = {torch.bfloat16: 46 if torch.cuda.is_available() else 39, torch.float16: 62}
+OPS = (
+    "int8_mm",
+    "int8_scaled_mm",
+    "int4_weight_linear",
+    "nf4_linear",
+    "nf4_dequantize",
+    "int8_weight_linear",
+    "int8_dynamic_linear",
+    "int8_dynamic_int4_linear",
+    "float8_weight_linear",
+    "float8_dynamic_linear",
+    "int4_experts_linear",
+    "nf4_experts_linear",
+    "int8_experts_linear",
+    "float8_experts_linear",
+)
+"""Those that have a kernel here."""
+
 KINDS = (
     "int4",
     "int4, midpoints",

@@ -6,27 +6,12 @@ import os
 
 import pytest
 import torch
+from kernel_weights import OPS
 
 from ao_core.testing.kernels import KERNEL_CHECKS, kernels_of
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 PROVIDER = "triton" if DEVICE.type == "cuda" else "triton_interpreted"
-OPS = (
-    "int8_mm",
-    "int8_scaled_mm",
-    "int4_weight_linear",
-    "nf4_linear",
-    "nf4_dequantize",
-    "int8_weight_linear",
-    "int8_dynamic_linear",
-    "int8_dynamic_int4_linear",
-    "float8_weight_linear",
-    "float8_dynamic_linear",
-    "int4_experts_linear",
-    "nf4_experts_linear",
-    "int8_experts_linear",
-    "float8_experts_linear",
-)
 pytestmark = pytest.mark.skipif(
     DEVICE.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1",
     reason="neither a GPU nor TRITON_INTERPRET=1",

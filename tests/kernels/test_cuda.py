@@ -8,7 +8,7 @@ import sys
 
 import pytest
 import torch
-from test_conformance import OPS
+from kernel_weights import OPS
 
 from ao_core.kernels import key_of
 from ao_core.testing.kernels import TOLERANCE, kernels_of

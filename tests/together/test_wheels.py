@@ -18,6 +18,15 @@ pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
 TERNARY = ROOT / "examples" / "ao-ternary"
 
+# Packages, and the commands that they add.
+ALONE = {
+    "ao-sparsity": (),
+    "ao-quant": (),
+    "ao-gptq": (),
+    "ao-kernels": ("kernels tune",),
+    "ao-autoquant": ("autoquant", "plan"),
+}
+
 GPTQ = """
 import torch, ao_core as ao, ao_gptq
 from ao_gptq.torchao_compat import Int4WeightOnlyGPTQQuantizer
@@ -127,6 +136,15 @@ def clean(wheels, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def core(wheels, tmp_path_factory):
+    """ao-core alone; what else a test installs it takes away again, but for other people's libraries."""
+    clean = Clean(tmp_path_factory.mktemp("core"), wheels)
+    run(sys.executable, "-m", "venv", clean.folder / "venv", cwd=clean.folder)
+    clean.install(clean.wheel("ao_core"))
+    return clean
+
+
+@pytest.fixture(scope="module")
 def with_ternary(clean):
     """The same, and then a stranger's package."""
     assert "ternary" not in clean.ao("schemes", "--json")
@@ -144,6 +162,35 @@ def test_nothing_of_the_checkout_is_imported(clean):
     code = "import ao_core, ao_quant; print(ao_core.__file__, ao_quant.__file__)"
     for path in clean.python("-c", code).split():
         assert Path(path).is_relative_to(clean.folder)
+
+
+# Those that need least come first, so that what one declares does not serve the next.
+@pytest.mark.parametrize("name", ALONE)
+def test_each_package_alone(core, name):
+    members = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")} - {"ao-core"}
+    module, plugin = name.replace("-", "_"), name.removeprefix("ao-")
+    core.install(core.wheel(module))
+    try:
+        core.python("-m", "pip", "check")
+        installed = {each["name"] for each in json.loads(core.python("-m", "pip", "list", "--format=json"))}
+        assert installed & members == {name}
+        code = f"import {module}; print({module}.__file__, {module}.__version__)"
+        file, version = core.python("-c", code).split()
+        assert Path(file).is_relative_to(core.folder)
+        (listed,) = json.loads(core.ao("plugins", "--json"))
+        assert (listed["plugin"], listed["distribution"]) == (plugin, f"{name} {version}")
+        assert listed["state"] == ("in part" if name == "ao-kernels" else "ok")
+        for problem in listed["problems"]:  # its kernels are of ops that ao-quant defines
+            assert problem["error"].endswith("is not installed"), problem
+        assert "plugins" in core.ao("--help")
+        for command in ALONE[name]:
+            assert "Usage" in core.ao(*command.split(), "--help")
+    finally:
+        core.python("-m", "pip", "uninstall", "--quiet", "--yes", name)
+
+
+def test_the_packages_alone_are_all_of_them():
+    assert set(ALONE) == {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")} - {"ao-core"}
 
 
 def test_the_plugin_and_its_schemes_are_listed(clean):

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 import triton
 
+from ao_core.triton_support import interpreting
 from ao_kernels import tiles
 from ao_kernels.configs import Gemm, int8_config
 from ao_kernels.device import activations
 from ao_kernels.device.int8_gemm import int8_gemm, int8_gemm_copy_engine
-from ao_kernels.support import interpreting
 from ao_kernels.weight_linear import check_columns, on_device
 
 FLOAT8 = torch.float8_e4m3fn

@@ -1,0 +1,111 @@
+"""Where blocks and activations lie while a model is walked, and what is as it was afterwards."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import contextmanager
+
+import pytest
+import torch
+from walked_models import Block, Body, batches, hooked_rows, norms_of, same_as_hooks, walk
+
+import ao_core as ao
+from ao_core.calibrate import Sample, SquaredNorm
+
+
+def test_a_sample_of_the_rows():
+    sample = Sample(3, limit=50)
+    for start in range(0, 1000, 100):
+        sample.update(torch.arange(start, start + 100.0)[:, None].expand(-1, 3))
+    rows = sample.value
+    assert rows.shape == (50, 3) and sample.tokens == 1000
+    assert rows.unique(dim=0).shape[0] == 50
+    assert 300 < float(rows.mean()) < 700  # early and late rows alike
+    assert Sample(3).value.shape == (0, 3)
+
+
+def test_one_block_at_a_time_is_on_the_device(monkeypatch):
+    """A stand-in for a second device: parts are counted in and out, and run only while they are in."""
+    inside, most = [], set()
+
+    @contextmanager
+    def brought(self, modules):
+        modules = list(modules)
+        inside.append({id(module) for module in modules})
+        yield
+        inside.pop()
+
+    class Checked(Block):
+        def forward(self, x, scale=1.0):
+            held = set().union(*inside)
+            most.add(sum(id(block.norm) in held for block in model.blocks))
+            assert all(id(part) in held for part in self.modules())
+            return super().forward(x, scale)
+
+    monkeypatch.setattr("ao_core.calibrate.placement.Placement.brought", brought)
+    model, stages = Body(block=Checked).eval(), []
+    for part in (model.before, model.head):
+        part.register_forward_pre_hook(lambda part, args: stages.append(id(part) in set().union(*inside)))
+    walk(model, lambda stage: stage.collect(SquaredNorm) and None, batches())
+    assert most == {1}
+    assert stages and all(stages)
+    assert inside == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+@pytest.mark.parametrize("fail", [False, True])
+def test_a_model_on_the_cpu_is_walked_on_cuda(fail):
+    """The same statistics; everything is on the CPU afterwards, also after an error."""
+    model, data, found = Body().eval(), batches(), {}
+    seen = []
+
+    def visit(stage):
+        norms_of(stage, found)
+        seen.append({parameter.device.type for parameter in stage.module.parameters()})
+        for name in stage.layers:
+            stage.replace(name, ao.parse_scheme("int8-weight-only").quantize(stage.weight(name)))
+        if fail and stage.name == "blocks.2":
+            raise KeyboardInterrupt
+
+    before = copy.deepcopy(model)
+    if fail:
+        with pytest.raises(KeyboardInterrupt):
+            walk(model, visit, data, device="cuda")
+        for name, parameter in model.named_parameters():
+            assert torch.equal(parameter, before.get_parameter(name))
+    else:
+        walk(model, visit, data, device="cuda")
+        assert seen[:4] == [{"cuda"}] * 4
+        rows = hooked_rows(before, data)["blocks.0.up"]
+        expected = rows.double().square().sum(0)
+        torch.testing.assert_close(found["blocks.0.up"][1].cpu().double(), expected, rtol=1e-5, atol=0)
+        assert isinstance(model.head.weight, ao.QuantizedTensor)
+    assert {parameter.device.type for parameter in model.parameters()} == {"cpu"}
+
+
+def test_a_model_that_lies_in_two_places():
+    model = Body()
+    model.head.to("meta")
+    with pytest.raises(ao.OptionError, match="parts of the model lie on the meta device"):
+        walk(model, lambda stage: None, batches())
+
+
+def test_float_weights_stay_trainable():
+    model = Body().eval()
+    model.head.weight.requires_grad_(requires_grad=False)
+    walk(model, lambda stage: [stage.replace(n, stage.weight(n) * 2) for n in stage.layers], batches())
+    assert model.blocks[0].up.weight.requires_grad
+    assert not model.head.weight.requires_grad
+
+
+def test_a_first_block_that_is_called_otherwise():
+    class Model(Body):
+        def forward(self, x):
+            x = self.before(x)
+            for index, block in enumerate(self.blocks):
+                x = block(x=x) if index == 0 else block(x)
+            return self.head(x)
+
+    model, data, found = Model().eval(), batches(), {}
+    assert "in different ways" in walk(model, lambda stage: norms_of(stage, found), data).how
+    same_as_hooks(model, data, found)

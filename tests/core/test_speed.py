@@ -1,0 +1,119 @@
+"""Tokens a second, microseconds of a call, zeros."""
+
+from __future__ import annotations
+
+import math
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+from metric_models import VOCABULARY, Bigram, text
+from torch import nn
+
+import ao_core as ao
+from ao_core.errors import ModelError, OptionError
+from ao_core.metrics import (
+    model_bytes,
+    perplexity,
+    sparsity,
+    speed,
+)
+from ao_core.timing import microseconds
+
+# speed
+
+
+class Cached(nn.Module):
+    """Looks like a causal model with a cache: the cache is the list of tokens so far."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = Bigram(), []
+
+    def forward(self, input_ids, past_key_values=None, use_cache=None, logits_to_keep=0):
+        self.calls.append((tuple(input_ids.shape), past_key_values, use_cache, logits_to_keep))
+        cache = [*(past_key_values or []), *input_ids[0].tolist()]
+        logits = self.inner(input_ids)[:, -logits_to_keep:]
+        return SimpleNamespace(logits=logits, past_key_values=cache)
+
+
+def test_speed_decodes_greedily_through_the_cache():
+    model, tokens = Cached(), text()
+    found = speed(model, tokens, prefill=12, decode=4, repeats=2)
+    assert found.prefill_tokens_per_s > 0
+    assert found.decode_tokens_per_s is not None
+    assert found.decode_tokens_per_s > 0
+    expected = tokens[:12].tolist()
+    for _ in range(4):
+        expected.append(int(model.inner.table[expected[-1]].argmax()))
+    run = model.calls[5:]
+    assert [shape for shape, *_ in run] == [(1, 12)] + [(1, 1)] * 4
+    assert run[-1][1] == expected[:-1]
+    assert all(call[2:] == (True, 1) for call in model.calls)
+
+
+def test_speed_without_a_cache_is_prefill_only():
+    found = speed(Bigram(), text(), prefill=8, repeats=1)
+    assert found.prefill_tokens_per_s > 0
+    assert found.decode_tokens_per_s is None
+
+
+def test_speed_counts_tokens_a_second(monkeypatch):
+    clock = iter([0.0, 4.0, 10.0, 20.0, 30.0, 32.0, 40.0, 60.0])
+    monkeypatch.setattr("ao_core.metrics.time.perf_counter", lambda: next(clock))
+    found = speed(Cached(), text(), prefill=8, decode=5, repeats=2)
+    assert found.prefill_tokens_per_s == 8 / 2.0
+    assert found.decode_tokens_per_s == 5 / 10.0
+
+
+def test_speed_refuses():
+    model = Cached()
+    model.config = SimpleNamespace(max_position_embeddings=16)
+    with pytest.raises(OptionError, match="1 or more"):
+        speed(model, text(), prefill=0)
+    with pytest.raises(OptionError, match="18 tokens at once exceed the model's 16 positions"):
+        speed(model, text(), prefill=10, decode=8)
+    with pytest.raises(ModelError, match="5 tokens and one window takes 8"):
+        speed(model, text(5), prefill=8, decode=2)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda():
+    model = Bigram().cuda()
+    on_host = perplexity(Bigram(), text(), context=10)
+    assert perplexity(model, text(), context=10).nll == pytest.approx(on_host.nll, rel=1e-5)
+    assert speed(model, text(), prefill=8).prefill_tokens_per_s > 0
+    assert model_bytes(model).total == VOCABULARY**2 * 4
+
+
+def test_microseconds_of_one_call():
+    calls = []
+
+    def slow():
+        calls.append(1)
+        time.sleep(0.002)
+
+    found = microseconds([slow, slow], "cpu", replays=3)
+    assert len(calls) == 7  # one that does not count, and three rounds of two
+    assert found >= 2000  # what sleeping takes at least
+    with pytest.raises(ValueError, match="at least one call"):
+        microseconds([], "cpu")
+
+
+def test_sparsity_counts_zeros_of_linears_once():
+    """Tied heads are the embedding's; quantized weights count as they dequantize."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(10, 8), nn.Linear(8, 10, bias=False), nn.Linear(10, 3), nn.Linear(10, 3)
+    )
+    model[1].weight = model[0].weight
+    model[3].weight = model[2].weight
+    assert sparsity(model) == 0
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[2].weight[:, :5] = 0
+    assert sparsity(model) == 0.5
+    ao.quantize_(model, "int8-weight-only", include="2")
+    assert sparsity(model) == 0.5
+    assert math.isnan(sparsity(nn.Sequential(nn.ReLU())))
