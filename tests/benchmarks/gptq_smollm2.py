@@ -78,7 +78,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     ratios = {name: _ratio(model, name, floats[name], unseen[name]) for name in report.converted}
     kinds = sorted({name.rpartition(".")[2] for name in ratios})
     return {
-        "command": f"python tests/benchmarks/gptq_smollm2.py FILE --seed {options.seed}",
+        "command": f"python tests/benchmarks/gptq_smollm2.py FILE --seed {options.seed} "
+        f"--device {options.device} --samples {options.samples} --algorithm {options.algorithm} --scheme {options.scheme}",
         "fingerprint": fingerprint(options.device),
         "delta_nll": delta.mean,
         "delta_nll_se": delta.se,

@@ -15,6 +15,7 @@ import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from llama import LAYERS, random_model
@@ -68,12 +69,15 @@ def profile(step, steps: int = 4) -> dict[str, list[float]]:
 
 @torch.no_grad()
 def measure(
-    model: nn.Module, name: str, device: str, checked: bool = True, profiled: bool = False
+    model: nn.Module, name: str, device: str, guarded: bool, checked: bool = True, profiled: bool = False
 ) -> dict[str, object]:
     """Seconds to compile, dB, and tokens a second of greedy decoding."""
     torch.compiler.reset()
     cuda = device == "cuda"
-    step = torch.compile(model, fullgraph=True, mode="reduce-overhead" if cuda else "default")
+    options: dict[str, Any] = {"triton.cudagraphs": True} if cuda else {}
+    if not guarded:
+        options["guard_filter_fn"] = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
+    step = torch.compile(model, fullgraph=True, options=options)
     token, at = torch.tensor([1], device=device), torch.tensor([0], device=device)
     start = time.perf_counter()
     for _ in range(3):
@@ -121,14 +125,16 @@ def main() -> None:
     )
     parser.add_argument("--profile", action="store_true", help="name the kernels that take longest")
     parser.add_argument("--layers", type=int, default=LAYERS)
+    parser.add_argument("--unguarded", action="store_true", help="compile without guards on the modules")
     given = parser.parse_args()
+    guarded = not given.unguarded
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    rows = [measure(random_model(device, layers=given.layers), "bfloat16", device, checked=False)]
+    rows = [measure(random_model(device, layers=given.layers), "bfloat16", device, guarded, checked=False)]
     for name in given.schemes:
         model = random_model(device, layers=given.layers)
         ao.quantize_(model, name)
         assert isinstance(model.head.weight, ao.QuantizedTensor), "the output projection was left alone"
-        rows.append(measure(model, name, device, profiled=given.profile))
+        rows.append(measure(model, name, device, guarded, profiled=given.profile))
         del model
     if given.peers is not None:
         from torchao import quantization
@@ -139,13 +145,21 @@ def main() -> None:
             options = {"int4_packing_format": "tile_packed_to_4d"} if "int4" in name else {}
             quantization.quantize_(model, getattr(quantization, config)(**options))
             rows.append(
-                measure(model, f"{name} {importlib.metadata.version('torchao')}", device, checked=False)
+                measure(
+                    model, f"{name} {importlib.metadata.version('torchao')}", device, guarded, checked=False
+                )
             )
     versions = {each: importlib.metadata.version(each) for each in ("torch", "triton")}
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU"
     given.file.write_text(
         json.dumps(
-            {"what": "one sequence decoded, Llama-3-8B shape", "device": where, **versions, "rows": rows},
+            {
+                "what": "one sequence decoded, Llama-3-8B shape",
+                "guarded": guarded,
+                "device": where,
+                **versions,
+                "rows": rows,
+            },
             indent=1,
         )
     )

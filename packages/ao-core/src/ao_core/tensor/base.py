@@ -198,6 +198,31 @@ class QuantizedTensor(torch.Tensor):
         if name != "_flat":
             self.__dict__.pop("_flat", None)
 
+    def size(self, dim: int | None = None) -> Any:
+        """As :meth:`torch.Tensor.size`.
+
+        torch up to 2.11 asks each weight for it, and for :meth:`stride`, in every call of a compiled model:
+        kept, they take 0.3 µs instead of 8.
+        """
+        if torch.compiler.is_compiling():
+            return super().size() if dim is None else super().size(dim)
+        return self._outer(0) if dim is None else self._outer(0)[dim]
+
+    def stride(self, dim: int | None = None) -> Any:
+        """As :meth:`torch.Tensor.stride`."""
+        if torch.compiler.is_compiling():
+            return super().stride() if dim is None else super().stride(dim)
+        return self._outer(1) if dim is None else self._outer(1)[dim]
+
+    def _outer(self, which: int) -> Any:
+        """Sizes, or strides; neither changes."""
+        kept = self.__dict__.get("_sizes")
+        if kept is None:
+            with torch._C.DisableTorchFunctionSubclass():
+                kept = super().size(), super().stride()
+            self.__dict__["_sizes"] = kept
+        return kept[which]
+
     def __tensor_flatten__(self) -> tuple[list[str], tuple[Any, ...]]:
         # A compiled model asks twice for each weight and call: kept until an attribute changes.
         flat: tuple[list[str], tuple[Any, ...]] | None = self.__dict__.get("_flat")
