@@ -19,6 +19,7 @@ from torch import nn
 import ao_core as ao
 from ao_autoquant import autoquant, explore, report
 from ao_autoquant.cache import Cache
+from ao_autoquant.measure import quality_of_rows
 from ao_autoquant.plans import differences
 from ao_autoquant.profile import SAMPLE_ROWS, profile
 from ao_autoquant.search import FLOAT, Budget
@@ -75,6 +76,19 @@ def test_errors_and_bytes_are_those_of_the_scheme(model, examples):
     assert found.options["0"][FLOAT].error == 0
     total = found.totals(dict.fromkeys(found.options, FLOAT))
     assert total.bytes == ao.model_bytes(model).total
+
+
+def test_the_error_of_a_large_weight_is_taken_from_some_of_its_rows():
+    torch.manual_seed(0)
+    weight, sample = torch.randn(8192, 1024), torch.randn(9, 1024)
+    weight[1::4] *= 3  # rows that every fourth one misses would show
+    scheme = ao.parse_scheme("int4-weight-only:qparams=minmax")
+    part = quality_of_rows(scheme, weight, sample, torch.ones(8192), stored=7)
+    kept = weight[::4].double()
+    wrong = sample.double() @ (scheme.quantize(weight[::4]).dequantize().double() - kept).t()
+    exact = sample.double() @ kept.t() + 1
+    assert part.bytes == 7 and part.error == pytest.approx(float(wrong.norm() / exact.norm()), rel=1e-3)
+    assert quality_of_rows(scheme, weight[:4096], sample, None, stored=7) is None  # not large
 
 
 def test_every_installed_scheme_is_measured_or_has_a_reason(model, examples):

@@ -79,7 +79,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     kinds = sorted({name.rpartition(".")[2] for name in ratios})
     return {
         "command": f"python tests/benchmarks/gptq_smollm2.py FILE --seed {options.seed} "
-        f"--device {options.device} --samples {options.samples} --algorithm {options.algorithm} --scheme {options.scheme}",
+        f"--device {options.device} --samples {options.samples} "
+        f"--algorithm {options.algorithm} --scheme {options.scheme}",
         "fingerprint": fingerprint(options.device),
         "delta_nll": delta.mean,
         "delta_nll_se": delta.se,

@@ -12,11 +12,15 @@ import torch
 import torch.nn.functional as F
 
 from ao_core import Scheme, microseconds, stored_bytes
+from ao_core.timing import Rounds, in_turns, typical
 
 _RING_BYTES = {"cuda": 200_000_000, "cpu": 40_000_000}  # of weights in turn: more than the caches hold
 _MOST_COPIES = 40
 _ROUND_US = 20_000.0  # of a round on a host, about
+_REPLAYS_US = 20_000.0  # of the replays of a repeat, about
 _REPEATS = 5
+_ROWS = 2048  # of a weight, from which its error is taken
+_LARGE = 1 << 23  # elements of a weight
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,25 @@ def quality(
     return Quality(relative_error(exact, found), stored_bytes(quantized)), quantized
 
 
+def quality_of_rows(
+    scheme: Scheme, weight: torch.Tensor, sample: torch.Tensor, bias: torch.Tensor | None, stored: int
+) -> Quality | None:
+    """:func:`quality` from rows at even distances of a large ``weight``; None if that is not enough to go by.
+
+    Args:
+        scheme: one that quantizes each row by itself, else the result is None.
+        weight: ``[N, K]``.
+        sample: ``[rows, K]``.
+        bias: ``[N]`` or None.
+        stored: bytes that the whole weight takes.
+    """
+    step = len(weight) // _ROWS
+    if not scheme.rowwise or weight.numel() < _LARGE or step < 2:
+        return None
+    part = None if bias is None else bias[::step]
+    return Quality(quality(scheme, weight[::step].contiguous(), sample, part)[0].error, stored)
+
+
 def relative_error(exact: torch.Tensor, found: torch.Tensor) -> float:
     """``|found - exact| / |exact|``, Frobenius norms in float64; 0 where both are 0."""
     off = float((found.double() - exact.double()).norm())
@@ -110,8 +133,10 @@ def timed(
             room = min(room, int(_ROUND_US / max(once, 1e-3)))
         copies = [weight, *(weight.detach().clone() for _ in range(max(2, min(room, _MOST_COPIES)) - 1))]
         calls = [lambda each=each: linear(x, each, bias) for each in copies]
-        replays = 10 if x.device.type == "cuda" else 2
-        times = sorted(microseconds(calls, x.device, replays=replays) for _ in range(_REPEATS))
+        rounds = Rounds(calls, x.device)
+        once = rounds.once() * len(copies)
+        replays = max(min(10, int(_REPLAYS_US / max(once, 1e-3))), 1) if x.device.type == "cuda" else 2
+        times = sorted(typical(in_turns([rounds], replays)[0], x.device) for _ in range(_REPEATS))
     return Time(statistics.median(times), (times[-2] - times[1]) / 2)
 
 
