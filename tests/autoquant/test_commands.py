@@ -35,7 +35,7 @@ def test_search_show_diff_apply(directory, tmp_path, capsys):
     out = tmp_path / "out"
     assert search(directory, out, "--objective", "bytes", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
-    assert printed["schemes"] == {"uint4": 8}
+    assert printed["schemes"] == {"uint4": 9}
     plan = ao.Plan.load(out / "plan.json")
     assert plan.layers["lm_head"].evidence["calls"] == {"1": 3.0, "8": 1.0}
     assert "<svg" in (out / "report.html").read_text("utf-8")
@@ -95,9 +95,9 @@ def test_nats_check_refine_and_go_on_from_what_was_found(directory, tmp_path, ca
     assert search(directory, out, "--objective", "bytes", *nats, "--refine", "gptq", "--json") == 0
     printed = json.loads(capsys.readouterr().out)
     check, refined = printed["evidence"]["check"], printed["evidence"]["refined"]
-    assert printed["error_measure"] == "loss" and printed["schemes"] == {"uint4": 8}
+    assert printed["error_measure"] == "loss" and printed["schemes"] == {"uint4": 9}
     assert check["predicted"] == pytest.approx(printed["plan"]["error"]) and check["loss"]["rows"] == 4 * 8
-    assert refined["nll"] is not None and printed["rounded"] == {}
+    assert refined["nll"] is not None and list(printed["rounded"]) == ["model.embed_tokens"]
     plan = ao.Plan.load(out / "plan.json")
     assert plan.evidence == printed["evidence"] and plan.layers["lm_head"].evidence["gptq"]
     assert "nats of KL" in (out / "report.html").read_text("utf-8")

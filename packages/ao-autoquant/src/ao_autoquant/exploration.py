@@ -169,7 +169,7 @@ def explore(
     wanted: Callable[[nn.Module, str], bool] | None = None,
     compiled: bool = False,
     isolate: Isolate = "auto",
-    limit_s: float = 60.0,
+    limit_s: float = 180.0,
     remeasure: bool = False,
     progress: bool = False,
 ) -> Exploration:
@@ -228,7 +228,7 @@ def measured(
     known: Plan | Exploration | None = None,
     compiled: bool = False,
     isolate: Isolate = "auto",
-    limit_s: float = 60.0,
+    limit_s: float = 180.0,
     remeasure: bool = False,
     progress: bool = False,
 ) -> Exploration:
