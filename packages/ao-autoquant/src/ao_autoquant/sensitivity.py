@@ -7,8 +7,8 @@ insights and perspectives on the natural gradient method", 2014). A few backward
 of a layer.
 
 The rows of one sequence can't be taken as independent: attention adds up what the values of many tokens have
-in common, and row by row the estimate was a fifth to a half of the truth for ``v_proj`` of SmolLM2. A sum over
-whole sequences is a single sample of a wide distribution. So stretches of ``SEGMENT`` rows are summed.
+in common, and row by row the estimate was a fifth to two thirds of the truth for ``v_proj`` of SmolLM2. A sum
+over whole sequences is a single sample of a wide distribution. So stretches of ``SEGMENT`` rows are summed.
 
 ``"kl"`` exchanges the layer's weight and runs the model: nothing is approximated, at a forward pass for each
 layer and candidate.
