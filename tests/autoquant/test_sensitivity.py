@@ -64,12 +64,16 @@ def test_gradients_against_autograd(classifier):
     assert all(bool((p.grad == 1).all()) and p.requires_grad for p in model.parameters())
     draw = torch.Generator().manual_seed(0)
     for number, rows in enumerate((x[:5], x[5:7])):
-        labels = torch.multinomial(model(rows).softmax(-1), 1, generator=draw)[:, 0]
-        model.zero_grad()
-        nn.functional.cross_entropy(model(rows), labels, reduction="sum").backward()
-        for name, pairs in found.items():
-            call, g = pairs[number]
-            torch.testing.assert_close(g.T @ call.args[0], model.get_submodule(name).weight.grad)
+        for turn in range(sensitivity.DRAWS):
+            labels = torch.multinomial(model(rows).softmax(-1), 1, generator=draw)[:, 0]
+            model.zero_grad()
+            nn.functional.cross_entropy(model(rows), labels, reduction="sum").backward()
+            for name, pairs in found.items():
+                g = pairs[number].gradients[turn]
+                torch.testing.assert_close(
+                    g.T @ pairs[number].call.args[0], model.get_submodule(name).weight.grad
+                )
+                assert pairs[number].segment == 1
     assert not any(module._forward_hooks for module in model.modules())
 
 
@@ -91,12 +95,42 @@ def test_layers_that_are_called_twice_or_for_nothing():
     seen = profile(model, x).seen
     found = gradients(model, {name: each.layer for name, each in seen.items()}, [x])
     assert len(found["body"]) == 2 and found["idle"] == []
-    torch.testing.assert_close(found["body"][0][0].args[0], x)
+    torch.testing.assert_close(found["body"][0].call.args[0], x)
     assert FromGradients(model, seen, [x]).increase("idle", torch.zeros(3, 8)) == 0
     labels = torch.multinomial(model(x).logits.softmax(-1), 1, generator=torch.Generator().manual_seed(0))
     nn.functional.cross_entropy(model(x).logits, labels[:, 0], reduction="sum").backward()
-    total = sum(g.T @ call.args[0] for call, g in found["body"])
+    total = sum(pair.gradients[0].T @ pair.call.args[0] for pair in found["body"])
     torch.testing.assert_close(total, model.body.weight.grad)
+
+
+class Averaging(nn.Module):
+    """Every token sees the mean of the values of all: errors that tokens have in common add up."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.head = nn.Linear(16, 32), nn.Linear(32, 12)
+
+    def forward(self, x):
+        return self.head(torch.tanh(self.value(x).mean(1, keepdim=True) + 0.1 * x.repeat(1, 1, 2)))
+
+
+def test_rows_of_a_sequence_are_not_taken_as_independent(monkeypatch):
+    torch.manual_seed(0)
+    model, x = Averaging().eval(), torch.randn(128, 16, 16) + 1.0
+    seen = profile(model, x).seen
+    monkeypatch.setattr(sensitivity, "ROWS", {"loss": 2048, "kl": 2048})
+    weight = seen["value"].layer.quantize(ao.parse_scheme("uint4"))
+    truth = sensitivity.Divergence(model, seen, [x]).increase("value", weight)
+    assert FromGradients(model, seen, [x]).increase("value", weight) == pytest.approx(truth, rel=0.4)
+    monkeypatch.setattr(sensitivity, "SEGMENT", 1)
+    assert FromGradients(model, seen, [x]).increase("value", weight) < truth / 3
+
+
+def test_segments_are_sums_of_neighbours():
+    rows = torch.arange(10.0).view(2, 5)
+    assert sensitivity.segments(rows, 2).tolist() == [[1, 5, 4], [11, 15, 9]]
+    assert torch.equal(sensitivity.segments(rows, 1), rows)
+    assert sensitivity.segments(rows, 128).tolist() == [[10], [35]]
 
 
 def test_layers_in_groups_are_as_all_at_once(classifier, monkeypatch):
