@@ -127,21 +127,19 @@ def wheels(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def clean(wheels, tmp_path_factory):
-    """ao-core, ao-quant and ao-gptq, no extra but the conformance kit's."""
-    clean = Clean(tmp_path_factory.mktemp("clean"), wheels)
-    run(sys.executable, "-m", "venv", clean.folder / "venv", cwd=clean.folder)
-    clean.install(clean.wheel("ao_core", "[testing]"), clean.wheel("ao_quant"), clean.wheel("ao_gptq"))
-    return clean
-
-
-@pytest.fixture(scope="module")
 def core(wheels, tmp_path_factory):
     """ao-core alone; what else a test installs it takes away again, but for other people's libraries."""
     clean = Clean(tmp_path_factory.mktemp("core"), wheels)
     run(sys.executable, "-m", "venv", clean.folder / "venv", cwd=clean.folder)
     clean.install(clean.wheel("ao_core"))
     return clean
+
+
+@pytest.fixture(scope="module")
+def clean(core):
+    """The same environment, with ao-quant, ao-gptq and the conformance kit; tests of core come before."""
+    core.install(core.wheel("ao_core", "[testing]"), core.wheel("ao_quant"), core.wheel("ao_gptq"))
+    return core
 
 
 @pytest.fixture(scope="module")
@@ -156,12 +154,6 @@ def test_every_member_builds_a_typed_wheel(wheels):
     members = {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")}
     names = {path.name.partition("-")[0] for path in wheels.glob("*.whl")}
     assert names == {name.replace("-", "_") for name in members} | {"ao_ternary"}
-
-
-def test_nothing_of_the_checkout_is_imported(clean):
-    code = "import ao_core, ao_quant; print(ao_core.__file__, ao_quant.__file__)"
-    for path in clean.python("-c", code).split():
-        assert Path(path).is_relative_to(clean.folder)
 
 
 # Those that need least come first, so that what one declares does not serve the next.
@@ -191,6 +183,12 @@ def test_each_package_alone(core, name):
 
 def test_the_packages_alone_are_all_of_them():
     assert set(ALONE) == {path.parent.name for path in ROOT.glob("packages/*/pyproject.toml")} - {"ao-core"}
+
+
+def test_nothing_of_the_checkout_is_imported(clean):
+    code = "import ao_core, ao_quant; print(ao_core.__file__, ao_quant.__file__)"
+    for path in clean.python("-c", code).split():
+        assert Path(path).is_relative_to(clean.folder)
 
 
 def test_the_plugin_and_its_schemes_are_listed(clean):
