@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 
 from ao_core import Scheme, microseconds, stored_bytes
-from ao_core.timing import Rounds, in_turns, typical
 
 _RING_BYTES = {"cuda": 200_000_000, "cpu": 40_000_000}  # of weights in turn: more than the caches hold
 _MOST_COPIES = 40
@@ -133,10 +132,11 @@ def timed(
             room = min(room, int(_ROUND_US / max(once, 1e-3)))
         copies = [weight, *(weight.detach().clone() for _ in range(max(2, min(room, _MOST_COPIES)) - 1))]
         calls = [lambda each=each: linear(x, each, bias) for each in copies]
-        rounds = Rounds(calls, x.device)
-        once = rounds.once() * len(copies)
-        replays = max(min(10, int(_REPLAYS_US / max(once, 1e-3))), 1) if x.device.type == "cuda" else 2
-        times = sorted(typical(in_turns([rounds], replays)[0], x.device) for _ in range(_REPEATS))
+        replays = 2
+        if x.device.type == "cuda":  # fewer of what is slow
+            once = microseconds(calls, x.device, replays=1) * len(calls)
+            replays = max(min(10, int(_REPLAYS_US / max(once, 1e-3))), 1)
+        times = sorted(microseconds(calls, x.device, replays=replays) for _ in range(_REPEATS))
     return Time(statistics.median(times), (times[-2] - times[1]) / 2)
 
 
