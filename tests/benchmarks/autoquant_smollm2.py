@@ -136,7 +136,6 @@ def main() -> None:
 def accuracy(subject: Subject, results: Results, count: int) -> None:
     """Estimates against the truth; plans against uniform schemes of equal bytes."""
     found: dict[str, Exploration] = {error: subject.explore(error) for error in ("loss", "output")}
-    results.get("estimates", lambda: estimates(subject, found, count))
     uniform = found["loss"].uniform()
     for scheme in UNIFORM:
         text = str(ao.parse_scheme(scheme))
@@ -152,6 +151,7 @@ def accuracy(subject: Subject, results: Results, count: int) -> None:
         row(f"uniform {text}", uniform[text])
         for error, each in found.items():
             row(f"plan at the bytes of {text}, by {error}", each.choose("error", Budget(max_bytes=size)))
+    results.get("estimates", lambda: estimates(subject, found, count))
 
 
 def estimates(subject: Subject, found: dict[str, Exploration], count: int) -> dict[str, Any]:
