@@ -113,6 +113,7 @@ def compile_all(architecture: int) -> int:
 @pytest.mark.parametrize("architecture", [80, 90])
 def test_the_kernel_compiles(architecture, tmp_path):
     settings = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
+    settings["PYTHONPATH"] = os.pathsep.join(sys.path)  # helpers too
     done = subprocess.run(
         [sys.executable, __file__, str(architecture)],
         env=settings,
