@@ -432,7 +432,7 @@ print(torch.cuda.is_initialized(), *{name.partition(".")[0] for name in set(sys.
 
 
 def test_importing_is_light(run_python):
-    """Beside torch little is loaded, even if every name is used; how long that takes depends on neighbours."""
+    """Beside torch little is loaded, even if every name is used."""
     initialized, *loaded = run_python(IMPORT).stdout.split()
     heavy = {"triton", "transformers", "typer", "rich", "pytest", "ao_quant", "scipy", "matplotlib", "pandas"}
     assert not heavy & set(loaded)
