@@ -95,6 +95,10 @@ def test_the_time_of_a_module_is_divided_among_its_stacks(mixture, monkeypatch):
     assert up["float"].us - up["uint4"].us == pytest.approx(30)
     assert found.options["embed"]["float"].us == pytest.approx(100)
 
+    earlier = explore(model, ids, schemes=["int8-weight-only"], isolate=False)
+    later = explore(model, ids, known=earlier, **OPTIONS).options["experts.up"]
+    assert later["float"].us - later["uint4"].us == pytest.approx(30)
+
 
 def test_nats_of_stacks_and_embeddings(mixture, monkeypatch):
     """Against the divergence in float64; rows of labels are few, so that the estimate is a rough one."""

@@ -106,6 +106,8 @@ class Measurer:
             if self.known is not None and (whole := self.known.whole(name, text, seen.calls)):
                 made[text] = whole
                 self.reused += 1
+                if seen.by_module and scheme is None:
+                    base = whole.us / self._shares[name]
                 continue
             try:
                 quality, times, used = self._one(text, scheme, weight, sample, seen, values)
