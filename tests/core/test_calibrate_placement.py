@@ -11,6 +11,7 @@ from walked_models import Block, Body, batches, hooked_rows, norms_of, same_as_h
 
 import ao_core as ao
 from ao_core.calibrate import Sample, SquaredNorm
+from ao_core.calibrate.placement import Placement
 
 
 def test_a_sample_of_the_rows():
@@ -109,3 +110,19 @@ def test_a_first_block_that_is_called_otherwise():
     model, data, found = Model().eval(), batches(), {}
     assert "in different ways" in walk(model, lambda stage: norms_of(stage, found), data).how
     same_as_hooks(model, data, found)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
+def test_what_was_not_written_comes_home_without_a_copy():
+    model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
+    homes = [layer.weight.data_ptr() for layer in model]
+    before = model[0].weight.detach().clone()
+    placement = Placement(model, "cuda")
+    with torch.no_grad(), placement.brought(model.modules()):
+        assert model[0].weight.is_cuda
+        model[1].weight.fill_(3.0)
+    assert [layer.weight.data_ptr() == home for layer, home in zip(model, homes, strict=True)] == [
+        True,
+        False,
+    ]
+    assert torch.equal(model[0].weight, before) and bool((model[1].weight == 3.0).all())

@@ -126,3 +126,17 @@ def test_shared_memory():
     model = nn.Sequential(linear_of(step_tensor(N, K))).share_memory()
     assert model[0].weight.codes.is_shared()
     assert torch.equal(model[0].weight.codes, step_tensor(N, K).codes)
+
+
+def test_what_is_kept_of_a_weight_follows_its_attributes():
+    weight = step_tensor(N, K)
+    names, context = weight.__tensor_flatten__()
+    assert weight.__tensor_flatten__() is weight.__tensor_flatten__()
+    weight.provider = "somebody"
+    assert weight.__tensor_flatten__()[0] == names
+    assert weight.__tensor_flatten__()[1] != context and "somebody" in weight.__tensor_flatten__()[1]
+    assert (weight.size(), weight.stride()) == (torch.Size([N, K]), (K, 1))
+    assert (weight.size(-1), weight.size(dim=0), weight.stride(0)) == (K, N, K)
+    assert weight[1:3].size() == (2, K)
+    with pytest.raises(IndexError):
+        weight.size(2)
