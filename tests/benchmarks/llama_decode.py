@@ -1,6 +1,6 @@
 """Tokens a second of a Llama-3-8B-shaped model with random weights, one sequence, compiled; run by hand.
 
-    python tests/benchmarks/llama_decode.py docs/results/h100-llama.json [--peers] [SCHEME ...]
+    python tests/benchmarks/llama_decode.py docs/results/h100-llama.json [SCHEME ...] [--peers [NAME ...]]
 
 Each scheme quantizes a copy of the same model; the step is compiled whole, with CUDA graphs. Before timing,
 the compiled step is checked against the same step with the weights dequantized, in eager mode.
