@@ -3,8 +3,10 @@
 The model lies on the host; one block at a time is on the GPU, with the activations of all batches. Under
 ``torchrun`` the batches are shared.
 
-    python tests/benchmarks/gptq_llama8b.py results.json
-    torchrun --nproc-per-node=2 tests/benchmarks/gptq_llama8b.py results.json
+    python tests/benchmarks/gptq_llama8b.py results.json --codes one.safetensors
+    torchrun --nproc-per-node=2 tests/benchmarks/gptq_llama8b.py results.json --codes one.safetensors
+
+``--codes`` keeps one in 64 bytes of codes, or, where the file exists, says how many codes equal it.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import ao_core as ao
@@ -50,6 +53,22 @@ def llama(options: argparse.Namespace, device: torch.device) -> LlamaForCausalLM
             made = made.to(torch.bfloat16).cpu()
         setattr(model.get_submodule(owner), attribute, torch.nn.Parameter(made, requires_grad=False))
     return model
+
+
+@torch.no_grad()
+def sampled_codes(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """One in 64 bytes of each quantized weight's packed codes: uint8, two codes in each."""
+    stored = {
+        name: each.stored() for name, each in model.named_parameters() if isinstance(each, ao.QuantizedTensor)
+    }
+    return {name: parts["packed"].flatten()[::64].clone() for name, parts in stored.items()}
+
+
+def equal_codes(found: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -> float:
+    """The fraction of equal 4-bit codes."""
+    pairs = [(found[name], kept[name]) for name in kept]
+    equal = sum(int(((a ^ b) & mask == 0).sum()) for a, b in pairs for mask in (15, 240))
+    return equal / sum(2 * a.numel() for a, _ in pairs)
 
 
 class Phases:
@@ -101,6 +120,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=1, help="sequences to a batch")
     parser.add_argument("--algorithm", default="gptq")
     parser.add_argument("--scheme", default="int4-weight-only:group_size=128,zero_point=integer")
+    parser.add_argument("--codes", type=Path, help="a safetensors file to write, or to compare with")
     options = parser.parse_args()
     with device_of(options.device) as device:
         data = measure(options, device)
@@ -144,12 +164,19 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         if isinstance(weight, ao.QuantizedTensor):
             for part in weight.stored().values():
                 digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+    compared = None
+    if options.codes and processes.rank() == 0:
+        found = sampled_codes(model)
+        if options.codes.is_file():
+            compared = equal_codes(found, load_file(options.codes))
+        else:
+            save_file(found, options.codes)
     notes = [facts for facts in report.notes.values() if "error" in facts]
     return {
         "command": "python tests/benchmarks/gptq_llama8b.py FILE",
         "fingerprint": fingerprint(device),
         "processes": processes.world(),
-        **{key: str(value) for key, value in vars(options).items() if key != "results"},
+        **{key: str(value) for key, value in vars(options).items() if key not in ("results", "codes")},
         "seconds": round(total, 2),
         "phases": {name: round(seconds, 2) for name, seconds in sorted(phases.seconds.items())},
         "other": round(total - sum(phases.seconds.values()), 2),
@@ -157,6 +184,7 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         "reserved_device_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "layers_rounded": len(notes),
         "error_over_rounded": sum(facts["error"] / facts["error_rounded"] for facts in notes) / len(notes),
+        "codes_equal": compared,
         "codes_sha256": digest.hexdigest(),
     }
 

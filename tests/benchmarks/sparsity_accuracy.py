@@ -1,6 +1,6 @@
 """What pruning costs in perplexity on SmolLM2-135M: the table of docs/benchmarks.md; run by hand.
 
-    python tests/benchmarks/sparsity_accuracy.py FILE [NAME ...]
+    python tests/benchmarks/sparsity_accuracy.py FILE [NAME ...] [--device cuda]
 
 A name is ``ALGORITHM[ + ALGORITHM][ > SCHEME]``; ``one-shot`` before it gives all layers the inputs of the
 float model at once. What is in FILE already is not measured again. The model and the text are those of the
@@ -9,6 +9,7 @@ demo, calibrated on 128 windows of 512 tokens and scored on 24, in float32; the 
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
@@ -48,21 +49,28 @@ NAMES = (
 )
 
 
-def main(out: str, *names: str) -> None:
-    """Measure, print a Markdown table, write ``out`` after each line."""
-    file = Path(out)
+def main() -> None:
+    """Measure, print a Markdown table, write the file after each line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("names", nargs="*", default=NAMES)
+    parser.add_argument("--device", default="cpu")
+    given = parser.parse_args()
+    file, device = given.file, given.device
     done: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {"rows": {}}
     done |= {
         "command": "python tests/benchmarks/sparsity_accuracy.py FILE",
-        "fingerprint": fingerprint("cpu"),
+        "fingerprint": fingerprint(device),
     }
     loaded = ao.load_model(str(smollm2_gguf()), dtype=torch.float32)
+    loaded.model.to(device)
     tokens = _tokens(loaded.tokenizer, "evaluation", TOKENS)
-    batches = list(_tokens(loaded.tokenizer, "calibration", SAMPLES * CONTEXT).view(-1, 8, CONTEXT))
+    ids = _tokens(loaded.tokenizer, "calibration", SAMPLES * CONTEXT).view(-1, 8, CONTEXT)
+    batches = list(ids.to(device))
     reference = metrics.perplexity(loaded.model, tokens, context=CONTEXT)
     done["rows"]["float"] = {"perplexity": reference.perplexity}
     norms: dict[str, torch.Tensor] = {}
-    for name in names or NAMES:
+    for name in given.names:
         if name in done["rows"]:
             continue
         model = copy.deepcopy(loaded.model)
@@ -142,4 +150,4 @@ def _show(rows: dict[str, dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
