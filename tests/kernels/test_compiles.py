@@ -113,7 +113,7 @@ def compile_all(architecture: int) -> int:
     floats = {"x_ptr": "*bf16", "out_ptr": "*bf16"}
     build(activations.order_columns, floats, {"BYTES": 32, "DTYPE": tl.bfloat16, "BLOCK": 1024})
     if architecture == 90:
-        build.done += compile_specialized()
+        build.done += compile_hopper()
     parts = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     build(add_parts, parts, {"PARTS": 4, "BIAS": True, "BLOCK": 1024})
     return int(build.done)
@@ -151,29 +151,28 @@ def compile_bytes(build, architecture: int) -> None:
             build(int4_gemm.int4_gemm, pointers, flags, warps)
 
 
-def compile_specialized() -> int:
-    """The same for the kernel in Gluon, with the tiles of the table."""
+def compile_hopper() -> int:
+    """The same for the kernels in Gluon."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon._runtime import GluonASTSource
 
-    from ao_kernels.configs import Specialized, weight_config
     from ao_kernels.device import decode
+    from ao_kernels.device.from_registers import from_registers
     from ao_kernels.device.warp_specialized import warp_specialized
 
-    done, names = 0, warp_specialized.arg_names
-    for weight, m in [(WEIGHTS[0], 64), (WEIGHTS[0], 512), *((weight, 128) for weight in WEIGHTS)]:
+    done = 0
+
+    def tiles(rows, columns, dtype, name):
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], dtype)
+        return f"tensordesc<{name}[{rows}, {columns}],{layout!r}>"
+
+    def build(kernel, weight, constants, warps, descriptors):
+        nonlocal done
         kind, zero, coded, group, scale = weight
-        tiles = weight_config(kind.lower(), m, 4096, hopper=True)
-        assert isinstance(tiles, Specialized)
-        packed = kind in ("INT4", "NF4")
-        columns = tiles.bytes * (2 if packed else 1)
-        x_layout = gl.NVMMASharedLayout.get_default_for([tiles.block_m, columns], gl.bfloat16)
-        codes_layout = gl.NVMMASharedLayout.get_default_for([tiles.block_n, 128], gl.uint8)
-        pointers = {
-            "x_desc": f"tensordesc<bf16[{tiles.block_m}, {columns}],{x_layout!r}>",
-            "codes_desc": f"tensordesc<u8[{tiles.block_n}, 128],{codes_layout!r}>",
+        names = kernel.arg_names
+        pointers = dict(zip(("x_desc", "codes_desc"), descriptors, strict=True)) | {
             "scale_ptr": scale,
             "zero_ptr": "*u8" if zero == 2 else "*bf16",
             "offset_ptr": "*fp32",
@@ -182,30 +181,32 @@ def compile_specialized() -> int:
             "out_ptr": "*bf16",
         }
         constants = {
-            "KIND": getattr(decode, kind).value,
-            "ZERO": zero,
-            "CODED": coded,
-            "BIAS": True,
-            "DTYPE": gl.bfloat16,
-            "GROUP": group,
-            "BLOCK_M": tiles.block_m,
-            "BLOCK_N": tiles.block_n,
-            "BYTES": tiles.bytes,
-            "SLICE": min(tiles.bytes, group or 64, 32 if packed else 64),
-            "RING": tiles.ring,
-            "CODES_RING": tiles.codes_ring,
-            "GROUP_M": tiles.group_m,
-            "num_warps": 8,
-        }
+            **constants, "KIND": getattr(decode, kind).value, "ZERO": zero, "CODED": coded, "BIAS": True,
+            "DTYPE": gl.bfloat16, "GROUP": group, "num_warps": warps,
+        }  # fmt: skip
         source = GluonASTSource(
-            fn=warp_specialized,
+            fn=kernel,
             signature={
                 name: "constexpr" if name in constants else pointers.get(name, "i32") for name in names
             },
             constexprs={(names.index(name),): value for name, value in constants.items()},
         )
-        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+        triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": warps})
         done += 1
+
+    for weight in WEIGHTS:
+        packed = weight[0] in ("INT4", "NF4")
+        size = 64 if packed else 128
+        slots = {"BLOCK_M": 128, "BLOCK_N": 128, "BYTES": size, "RING": 3, "CODES_RING": 2, "GROUP_M": 1}
+        slots["SLICE"] = min(size, weight[3] or 64, 32 if packed else 64)
+        descriptors = (tiles(128, 128, gl.bfloat16, "bf16"), tiles(128, 128, gl.uint8, "u8"))
+        build(warp_specialized, weight, slots, 8, descriptors)
+    for weight, (rows, ring, codes) in [
+        (WEIGHTS[0], (16, 8, 3)), (WEIGHTS[0], (256, 5, 2)), *((weight, (64, 8, 3)) for weight in WEIGHTS)
+    ]:  # fmt: skip
+        slots = {"BLOCK_M": rows, "RING": ring, "CODES_RING": codes, "GROUP_M": 1}
+        descriptors = (tiles(rows, 64, gl.bfloat16, "bf16"), tiles(128, 32, gl.int32, "i32"))
+        build(from_registers, weight, slots, 4, descriptors)
     return done
 
 

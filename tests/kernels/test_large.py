@@ -8,7 +8,7 @@ import torch
 import ao_core as ao
 from ao_core.numerics import affine
 from ao_kernels import experts_linear, int4_mm, int8_mm, nf4_linear
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized
 from ao_kernels.support import hopper
 from ao_kernels.weight_linear import Codes, weight_linear
 
@@ -66,8 +66,10 @@ CONFIGS = [
     Few(1, 16, 16, 2, 64, 3),
     Many(64, 128, 4, 64, 3, 1),
     Specialized(128, 128, 64, 3, 2, 1, 1),
+    Registers(128, 6, 3, 1, 1),
     Decoded(),
 ]
+OF_HOPPER = (Specialized, Registers)
 
 
 def last(tensor, rows=3):
@@ -75,7 +77,7 @@ def last(tensor, rows=3):
 
 
 def runs(config, device):
-    return not isinstance(config, Specialized) or hopper(device)
+    return not isinstance(config, OF_HOPPER) or hopper(device)
 
 
 @on_gpu
@@ -116,7 +118,7 @@ def test_many_codes(m, config, device):
 
 
 @on_gpu
-@pytest.mark.parametrize("config", [each for each in CONFIGS if not isinstance(each, Specialized)], ids=repr)
+@pytest.mark.parametrize("config", [each for each in CONFIGS if not isinstance(each, OF_HOPPER)], ids=repr)
 def test_many_experts(config, device):
     """E * N * K beyond 2 ** 31: the last rows of the last expert are right."""
     experts, n = 9, 2**16 + 8

@@ -13,7 +13,7 @@ import torch
 
 from ao_core import AoError
 from ao_kernels import tiles, trials, tuning, weight_linear
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized, weight_config
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
 from ao_kernels.tiles import Cell
 
 CELL = Cell("int4", 33, 96, "bfloat16", 4)
@@ -40,6 +40,7 @@ def find(device, rows=4, n=33, dtype=torch.bfloat16):
         FEW,
         Many(64, 32, 4, 32, 3, 2),
         Specialized(64, 128, 64, 4, 2, 1, 4),
+        Registers(64, 8, 3, 1, 4),
         Decoded(8),
         Gemm("pointers", 16, 32, 64, 4, 3, 0, 1),
     ],
@@ -146,6 +147,9 @@ def test_the_number_of_rows_is_rounded_up():
     assert [tiles.bucket(rows) for rows in (1, 2, 3, 4, 5, 1000, 9999)] == [1, 2, 4, 4, 8, 1024, 8192]
 
 
+MOST_SHARED = 232_448  # bytes of shared memory that a program may use
+
+
 @pytest.mark.parametrize("kind", tuning.KINDS)
 @pytest.mark.parametrize("rows", [1, 16, 64, 1024])
 @pytest.mark.parametrize("on_hopper", [False, True])
@@ -160,7 +164,13 @@ def test_candidates_are_few_and_begin_with_the_table(kind, rows, on_hopper):
     for each in specialized:
         columns = each.bytes * (2 if kind in ("int4", "nf4") else 1)
         slots = each.ring * 2 * columns * (each.block_m + each.block_n)
-        assert slots + each.codes_ring * 128 * each.block_n < 232_448  # what a program may use
+        assert slots + each.codes_ring * 128 * each.block_n < MOST_SHARED
+    registers = [each for each in found if isinstance(each, Registers)]
+    assert bool(registers) == bool(specialized)
+    for each in registers:
+        staged = 4 * 64 * min(each.block_m, 64)
+        assert each.ring >= 4
+        assert 128 * each.ring * each.block_m + each.codes_ring * 128 * 128 + staged < MOST_SHARED
 
 
 def test_results_that_differ_from_call_to_call_exclude_tiles():

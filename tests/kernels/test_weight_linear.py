@@ -9,7 +9,7 @@ from kernel_weights import KINDS, LEAST, codes
 import ao_core as ao
 from ao_core.testing.kernels import poisoned_memory
 from ao_kernels import int8_mm
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized, weight_config
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
 from ao_kernels.support import hopper
 from ao_kernels.weight_linear import dequantized, weight_linear
 
@@ -41,20 +41,24 @@ def test_against_float64(kind, config, device):
         assert ao.sqnr(expected, found.cpu()) > LEAST[dtype], (m, n, k)
 
 
-SPECIALIZED = (
+OF_HOPPER = (
     Specialized(64, 128, 128, 2, 2, 1, 1),
     Specialized(128, 128, 64, 3, 2, 1, 4),
     Specialized(256, 128, 32, 4, 2, 8, 2),
     Specialized(128, 64, 64, 3, 4, 2, 1),
+    Registers(16, 8, 3, 1, 4),
+    Registers(64, 8, 3, 1, 1),
+    Registers(128, 6, 3, 1, 2),
+    Registers(256, 5, 2, 4, 1),
 )
 
 
 @pytest.mark.skipif(
-    not (torch.cuda.is_available() and hopper(torch.device("cuda"))), reason="a kernel for Hopper, in Gluon"
+    not (torch.cuda.is_available() and hopper(torch.device("cuda"))), reason="kernels for Hopper, in Gluon"
 )
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("config", SPECIALIZED, ids=repr)
-def test_the_kernel_for_hopper_against_float64(kind, config, device):
+@pytest.mark.parametrize("config", OF_HOPPER, ids=repr)
+def test_the_kernels_for_hopper_against_float64(kind, config, device):
     for index, (m, n, k) in enumerate(((1, 20, 64), (100, 130, 576), (300, 1000, 4128), (17, 257, 1056))):
         dtype = (torch.bfloat16, torch.float16)[index % 2]
         weight, values = codes(kind, n, k, device)
@@ -75,21 +79,19 @@ def test_what_the_copy_engine_cannot_read_goes_another_way(kind, device):
     for m, n, k in ((40, 33, 97), (17, 20, 72)):  # rows of codes do not start at multiples of 16 bytes
         weight, values = codes(kind, n, k, device)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).half()
-        found = weight_linear(x.to(device), weight, None, Specialized(64, 128, 64, 3, 2, 1, 1))
-        assert ao.sqnr(x.double() @ values.t(), found.cpu()) > LEAST[torch.float16]
+        for config in (Specialized(64, 128, 64, 3, 2, 1, 1), Registers(64, 8, 3, 1, 1)):
+            found = weight_linear(x.to(device), weight, None, config)
+            assert ao.sqnr(x.double() @ values.t(), found.cpu()) > LEAST[torch.float16]
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "float8"])
 def test_hopper_has_tiles_of_its_own_from_some_rows_on(kind):
+    own = (Specialized, Registers)
     for n in (4096, 14336):
-        of_hopper = [
-            m
-            for m in (1, 8, 16, 64, 128, 256, 512, 4096)
-            if weight_config(kind, m, n, hopper=True).__class__ is Specialized
-        ]
-        assert of_hopper == [64, 128, 256, 512]
-        assert all(weight_config(kind, m, n) == weight_config(kind, m, n, hopper=True) for m in (1, 16, 4096))
-        assert not any(isinstance(weight_config(kind, m, n), Specialized) for m in (1, 64, 512))
+        assert all(isinstance(weight_config(kind, m, n, hopper=True), own) for m in (64, 128, 256, 512))
+        assert weight_config(kind, 1, n) == weight_config(kind, 1, n, hopper=True)
+        assert not any(isinstance(weight_config(kind, m, n), own) for m in (1, 16, 64, 512, 4096))
+    assert isinstance(weight_config("int4", 10**6, 14336, hopper=True), Registers)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,4 +1,4 @@
-"""Which kernel computes how many rows, with which tiles: measured on an H100 (docs/kernels.md)."""
+"""Which kernel computes how many rows, with which tiles: measured on H100 and H200 (docs/kernels.md)."""
 
 from __future__ import annotations
 
@@ -47,17 +47,30 @@ class Specialized:
 
 
 @dataclass(frozen=True)
+class Registers:
+    """Tiles of :func:`ao_kernels.device.from_registers.from_registers`; ``group_m`` run side by side."""
+
+    block_m: int
+    ring: int
+    codes_ring: int
+    group_m: int
+    split_k: int
+
+
+@dataclass(frozen=True)
 class Decoded:
     """The weight is written out in floats, ``megabytes`` at a time, and multiplied by cuBLAS."""
 
     megabytes: int = 256
 
 
-Config = Few | Many | Specialized | Decoded
+Config = Few | Many | Specialized | Registers | Decoded
 
 # Up to so many rows: tiles for wide outputs, where a tile a program fills the device, and for narrow ones.
 _Table = tuple[tuple[int, Config, Config], ...]
 _WIDE = 8192
+ANY = 1 << 62
+"""Rows: as many as there are."""
 
 _INT4: _Table = (
     (1, Few(8, 8, 1, 2, 64, 3), Few(8, 8, 1, 2, 64, 3)),
@@ -93,17 +106,18 @@ _BYTES: _Table = (
 )
 _TABLES = {"int4": _INT4, "nf4": _NF4, "int8": _BYTES, "float8": _BYTES}
 
-# On Hopper, from so many rows on, up to so many. Above, where an output is wide, decoding first is faster.
+# On Hopper, from so many rows on, up to so many.
 _HOPPER: dict[str, tuple[int, _Table]] = {
     "int4": (
-        17,
+        9,
         (
-            (32, Few(1, 64, 32, 2, 64, 3), Specialized(64, 128, 128, 2, 2, 1, 4)),
-            (64, Specialized(64, 128, 128, 2, 2, 1, 1), Specialized(64, 128, 128, 2, 2, 1, 4)),
-            (128, Specialized(128, 128, 64, 3, 2, 1, 1), Specialized(128, 128, 64, 3, 2, 1, 4)),
-            (256, Specialized(256, 128, 32, 4, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
-            (512, Specialized(256, 128, 32, 4, 2, 8, 1), Specialized(256, 128, 32, 4, 2, 8, 2)),
-            (1024, Decoded(), Specialized(256, 128, 32, 4, 2, 8, 1)),
+            (16, Few(1, 32, 16, 2, 64, 4), Registers(16, 8, 3, 1, 4)),
+            (32, Registers(32, 8, 3, 1, 1), Registers(32, 8, 3, 1, 4)),
+            (64, Registers(64, 8, 3, 1, 1), Registers(64, 8, 3, 1, 4)),
+            (128, Registers(128, 6, 3, 1, 1), Registers(128, 6, 3, 1, 4)),
+            (256, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
+            (512, Registers(256, 5, 2, 1, 1), Registers(256, 5, 2, 1, 2)),
+            (ANY, Registers(256, 5, 2, 4, 1), Registers(256, 5, 2, 1, 1)),
         ),
     ),
     "nf4": (
@@ -112,18 +126,19 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
             (32, Few(1, 64, 32, 2, 32, 3), Specialized(64, 128, 64, 4, 2, 1, 4)),
             (64, Specialized(64, 128, 64, 4, 2, 1, 1), Specialized(64, 128, 64, 4, 2, 1, 4)),
             (128, Specialized(128, 128, 64, 3, 2, 1, 1), Specialized(128, 128, 64, 3, 2, 1, 4)),
-            (256, Specialized(256, 128, 32, 4, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
+            (256, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
             (512, Specialized(256, 128, 32, 4, 2, 8, 1), Specialized(256, 128, 32, 4, 2, 8, 2)),
         ),
     ),
     "int8": (
-        33,
+        17,
         (
-            (64, Specialized(64, 128, 128, 3, 3, 1, 1), Specialized(64, 128, 128, 3, 3, 1, 4)),
+            (32, Registers(32, 8, 3, 1, 1), Many(64, 32, 4, 128, 3, 4)),
+            (64, Registers(64, 8, 3, 1, 1), Specialized(64, 128, 128, 3, 3, 1, 4)),
             (128, Specialized(128, 128, 128, 3, 2, 1, 1), Specialized(128, 128, 128, 3, 2, 1, 4)),
-            (256, Specialized(256, 128, 64, 4, 2, 1, 1), Specialized(256, 128, 64, 4, 2, 1, 4)),
-            (512, Specialized(256, 128, 64, 4, 2, 8, 1), Specialized(256, 128, 64, 4, 2, 8, 2)),
-            (1024, Decoded(), Specialized(256, 128, 64, 4, 2, 8, 1)),
+            (256, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 64, 4, 2, 1, 4)),
+            (512, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 64, 4, 2, 8, 2)),
+            (1024, Decoded(), Registers(256, 5, 2, 1, 1)),
         ),
     ),
 }
@@ -137,7 +152,7 @@ def weight_config(kind: str, m: int, n: int, hopper: bool = False) -> Config:
         kind: ``"int4"``, ``"nf4"``, ``"int8"`` or ``"float8"``.
         m: rows.
         n: columns of the output.
-        hopper: whether :class:`Specialized` can run.
+        hopper: whether :class:`Specialized` and :class:`Registers` can run.
     """
     table = _TABLES[kind]
     if hopper and m >= _HOPPER[kind][0]:

@@ -21,16 +21,19 @@ import torch
 from platformdirs import user_cache_path
 
 from ao_core import AoError
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized
 
-Tiles = Few | Many | Specialized | Decoded | Gemm
+Tiles = Few | Many | Specialized | Registers | Decoded | Gemm
 
-KERNELS_VERSION = 2
+KERNELS_VERSION = 3
 """Of the kernels: tiles that were found for other kernels are not used."""
 
 MOST_ROWS = 8192
 _FORMAT = 1
-_CLASSES = {"few": Few, "many": Many, "specialized": Specialized, "decoded": Decoded, "gemm": Gemm}
+_CLASSES = {
+    "few": Few, "many": Many, "specialized": Specialized, "registers": Registers, "decoded": Decoded,
+    "gemm": Gemm,
+}  # fmt: skip
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tiles (
     device TEXT, kernels INTEGER, triton TEXT, torch TEXT, kind TEXT, n INTEGER, k INTEGER, dtype TEXT,

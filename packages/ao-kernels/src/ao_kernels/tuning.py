@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ao_core import AoError
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Specialized, int8_config, weight_config
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, int8_config, weight_config
 from ao_kernels.support import hopper
 from ao_kernels.tiles import Cell, Tiles
 from ao_kernels.trials import PACKED, Fault, Trials
@@ -64,6 +64,7 @@ def candidates(cell: Cell, on_hopper: bool = False) -> list[Tiles]:
 
 def _weight(cell: Cell, on_hopper: bool) -> Iterator[Tiles]:
     if on_hopper and cell.rows >= 16:
+        yield from _registers(cell)
         yield from _specialized(cell)
     sizes = {"int4": (64,), "nf4": (32,)}.get(cell.kind, (64, 128))
     m, tile_m = cell.rows, max(min(cell.rows, 128), 1)
@@ -86,6 +87,19 @@ def _weight(cell: Cell, on_hopper: bool) -> Iterator[Tiles]:
                 yield Many(block_n, block_m, 8 if block_n == 128 else 4, size, stages, split_k)
     if m >= 64:
         yield Decoded()
+
+
+def _registers(cell: Cell) -> Iterator[Tiles]:
+    for block_m, codes_ring, split_k in itertools.product((16, 32, 64, 128, 256), (2, 3), (1, 2, 4)):
+        programs = -(-cell.n // 128) * -(-cell.rows // block_m)
+        if block_m > max(cell.rows, 16) or 4 * block_m < min(cell.rows, 256):
+            continue
+        if split_k > 1 and programs * split_k > 264:
+            continue
+        staged = 2 * 2 * 64 * min(block_m, 64)  # of the output, on its way out
+        ring = min((_SHARED - 128 * 128 * codes_ring - staged) // (2 * 64 * block_m), 8)
+        for group_m in (1,) if cell.rows <= block_m else (1, 4):
+            yield Registers(block_m, ring, codes_ring, group_m, split_k)
 
 
 def _specialized(cell: Cell) -> Iterator[Tiles]:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ao_core.triton_support import interpreting
 from ao_kernels import tiles
-from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Specialized, weight_config
+from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
 from ao_kernels.device import decode
 from ao_kernels.device.dequantize import dequantize
 from ao_kernels.device.few_rows import few_rows
@@ -124,8 +124,10 @@ def weight_linear(
                 _few(rows, weight, added, out, config)
             elif isinstance(config, Many):
                 _many(rows, weight, added, out, config)
-            elif isinstance(config, Specialized):
-                _specialized(rows, weight, added, out, config)
+            elif isinstance(config, (Specialized, Registers)):
+                from ao_kernels.hopper_linear import launch  # Gluon is imported where it is needed
+
+                launch(rows, weight, added, out, config)
             else:
                 _decoded(rows, weight, added, out, config)
     return out.view(*x.shape[:-1], n)
@@ -146,9 +148,12 @@ _MOST_SCALES = 2**31  # that 32 bits count
 
 def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
     """``config``, or another where the copy engine can't read operands, or a grid can't hold the tiles."""
-    if isinstance(config, Specialized):
-        counted = weight.scale.numel() < _MOST_SCALES
-        if counted and hopper(rows.device) and _copyable(rows) and _copyable(weight.codes):
+    if isinstance(config, (Specialized, Registers)):
+        readable = _copyable(rows) and _copyable(weight.codes) and weight.scale.numel() < _MOST_SCALES
+        if isinstance(config, Registers):  # reads words of codes; scales lie between them
+            word = 4 if weight.packed else 8
+            readable = readable and weight.codes.shape[1] % 4 == 0 and weight.group_bytes % word == 0
+        if readable and hopper(rows.device):
             return config
         config = weight_config(weight.kind, rows.shape[0], weight.codes.shape[0])
     if isinstance(config, (Few, Many)) and triton.cdiv(rows.shape[0], config.block_m) > _MOST_PROGRAMS:
@@ -218,47 +223,11 @@ def _many(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.
         WHOLE=width % size == 0 and n % config.block_n == 0, num_warps=config.warps,
     )  # fmt: skip
     if parts > 1:
-        _add_parts(target, bias, given, out)
+        add_up(target, bias, given, out)
 
 
-def _specialized(
-    x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Specialized
-) -> None:
-    from triton.experimental.gluon.language import NVMMASharedLayout, bfloat16, float16, uint8
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
-    from ao_kernels.device.warp_specialized import warp_specialized
-
-    codes, *parameters = weight.pointers()
-    (n, width), m = codes.shape, x.shape[0]
-    columns = 2 * config.bytes if weight.packed else config.bytes
-    floats = bfloat16 if x.dtype == torch.bfloat16 else float16
-    x_tile, codes_tile = [config.block_m, columns], [config.block_n, 128]
-    x_layout = NVMMASharedLayout.get_default_for(x_tile, floats)
-    codes_layout = NVMMASharedLayout.get_default_for(codes_tile, uint8)
-    _, *sizes = strides(weight, codes, parameters[0])
-    tiles_k = triton.cdiv(width, 128)
-    parts = triton.cdiv(tiles_k, triton.cdiv(tiles_k, config.split_k))
-    target = out if parts == 1 else out.new_empty(parts, m, n, dtype=torch.float32)
-    given = x if bias is None else bias
-    grid = (triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n), parts)
-    constants = weight.constants(x.dtype)
-    del constants["INTERPRET"]
-    warp_specialized[grid](
-        TensorDescriptor.from_tensor(x, x_tile, x_layout),
-        TensorDescriptor.from_tensor(codes, codes_tile, codes_layout),
-        *parameters, given, target, m, n, width, *sizes,
-        **constants, BIAS=bias is not None and parts == 1, BLOCK_M=config.block_m, BLOCK_N=config.block_n,
-        BYTES=config.bytes, SLICE=weight.tile_bytes(min(config.bytes, 32 if weight.packed else 64)),
-        RING=config.ring, CODES_RING=config.codes_ring, GROUP_M=config.group_m, num_warps=8,
-    )  # fmt: skip
-    if parts > 1:
-        _add_parts(target, bias, given, out)
-
-
-def _add_parts(
-    parts: torch.Tensor, bias: torch.Tensor | None, given: torch.Tensor, out: torch.Tensor
-) -> None:
+def add_up(parts: torch.Tensor, bias: torch.Tensor | None, given: torch.Tensor, out: torch.Tensor) -> None:
+    """``out`` ``[M, N]``: the sum of float32 ``parts`` ``[P, M, N]``, and the bias, then in ``given``."""
     block = 1024
     add_parts[(triton.cdiv(out.numel(), block),)](
         parts, given, out, out.numel(), out.shape[1], PARTS=parts.shape[0], BIAS=bias is not None, BLOCK=block

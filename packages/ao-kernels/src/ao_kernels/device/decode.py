@@ -125,7 +125,7 @@ _INTEGERS = """{{
 }}"""
 
 
-def _bits(value: float, half: bool) -> int:
+def bits_of(value: float, half: bool) -> int:
     """A float's 16 bits: float16, or bfloat16 rounded half to even."""
     if half:
         return int(struct.unpack("<H", struct.pack("<e", value))[0])
@@ -138,46 +138,47 @@ def _float_bits(value: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", value))[0])
 
 
-def _nf4_asm(bits: list[int]) -> str:
-    """Assembly that looks up 16 bits for each code."""
+def nf4_asm(bits: list[int], codes: str = "$4", before: str = "") -> str:
+    """Assembly that looks up 16 bits for each of eight codes in the register ``codes``."""
     words = {}
     for part in range(4):
         four = bits[4 * part : 4 * part + 4]
         words[f"low{part}"] = hex(sum((each & 255) << 8 * i for i, each in enumerate(four)))
         words[f"high{part}"] = hex(sum((each >> 8) << 8 * i for i, each in enumerate(four)))
-    first = _NF4_HALF.format(**words, even="$0", odd="$2")
+    first = _NF4_HALF.format(**words, even="$0", odd="$2").replace("$4", codes)
     second = _NF4_HALF.format(**words, even="$1", odd="$3").replace("$4", "upper")
     declared = ".reg .b32 index, a, b, c, d, upper;"
-    return f"{{ {declared} {first} shr.u32 upper, $4, 16; {second} }}"
+    return f"{{ {declared} {before} {first} shr.u32 upper, {codes}, 16; {second} }}"
 
 
 _NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x43004300", one="0x3f803f80"))
 _NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x64006400", one="0x3c003c00"))
-_NF4_BFLOAT16 = tl.constexpr(_nf4_asm([_bits(level, False) for level in NF4_LEVELS]))
-_NF4_FLOAT16 = tl.constexpr(_nf4_asm([_bits(level, True) for level in NF4_LEVELS]))
-_NF4_UPPER = tl.constexpr(_nf4_asm([_float_bits(level) >> 16 for level in NF4_LEVELS]))
-_NF4_LOWER = tl.constexpr(_nf4_asm([_float_bits(level) & 0xFFFF for level in NF4_LEVELS]))
-_B16 = {"exponent": "0x43004300", "one": "0x3f803f80", "dtype": "bf16x2", "sixteen": "0x41804180"}
-_F16 = {"exponent": "0x64006400", "one": "0x3c003c00", "dtype": "f16x2", "sixteen": "0x4c004c00"}
+_NF4_BFLOAT16 = tl.constexpr(nf4_asm([bits_of(level, False) for level in NF4_LEVELS]))
+_NF4_FLOAT16 = tl.constexpr(nf4_asm([bits_of(level, True) for level in NF4_LEVELS]))
+_NF4_UPPER = tl.constexpr(nf4_asm([_float_bits(level) >> 16 for level in NF4_LEVELS]))
+_NF4_LOWER = tl.constexpr(nf4_asm([_float_bits(level) & 0xFFFF for level in NF4_LEVELS]))
+FOR_BFLOAT16 = {"exponent": "0x43004300", "one": "0x3f803f80", "dtype": "bf16x2", "sixteen": "0x41804180"}
+FOR_FLOAT16 = {"exponent": "0x64006400", "one": "0x3c003c00", "dtype": "f16x2", "sixteen": "0x4c004c00"}
 
 
-def _twice(value: float, half: bool) -> str:
-    return hex(_bits(value, half) * 0x10001)
+def twice(value: float, half: bool) -> str:
+    """Assembly's number for 32 bits of twice the same 16: see :func:`bits_of`."""
+    return hex(bits_of(value, half) * 0x10001)
 
 
-_SCALED_BFLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**_B16))
-_SCALED_FLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**_F16))
+_SCALED_BFLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**FOR_BFLOAT16))
+_SCALED_FLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**FOR_FLOAT16))
 _INTEGERS_BFLOAT16 = tl.constexpr(
-    _INTEGERS.format(**_B16, less_high=_twice(-128 * 16 - 128, False), less_low=_twice(-128, False))
+    _INTEGERS.format(**FOR_BFLOAT16, less_high=twice(-128 * 16 - 128, False), less_low=twice(-128, False))
 )
 _INTEGERS_FLOAT16 = tl.constexpr(
-    _INTEGERS.format(**_F16, less_high=_twice(-1024 * 16 - 128, True), less_low=_twice(-1024, True))
+    _INTEGERS.format(**FOR_FLOAT16, less_high=twice(-1024 * 16 - 128, True), less_low=twice(-1024, True))
 )
 _E4M3_BFLOAT16 = tl.constexpr(
-    _FLOAT8.format(shift=4, mask="0x07f007f0", factor=_twice(2.0**120, half=False), dtype="bf16x2")
+    _FLOAT8.format(shift=4, mask="0x07f007f0", factor=twice(2.0**120, half=False), dtype="bf16x2")
 )
 _E4M3_FLOAT16 = tl.constexpr(
-    _FLOAT8.format(shift=1, mask="0x3f803f80", factor=_twice(256, half=True), dtype="f16x2")
+    _FLOAT8.format(shift=1, mask="0x3f803f80", factor=twice(256, half=True), dtype="f16x2")
 )
 
 

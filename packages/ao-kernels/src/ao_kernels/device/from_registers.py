@@ -1,0 +1,317 @@
+"""Weights in codes times many rows of activations on Hopper, the decoded weights never leaving registers.
+
+The result is computed transposed, ``weight @ x.T``, for Hopper's tensor cores take their left operand from
+registers. Two groups of four warps decode and multiply, each half of a tile's weights: while the tensor cores
+work on 64 columns of K, the warps decode the next 64, and while one group waits for its product the other's
+runs. Two more warps fetch activations and codes by the copy engine, into rings of slots: a slot is filled
+once its ``full`` barrier has counted the bytes, and free again once both groups have arrived at ``empty``.
+
+A thread of the operand holds, of each row, every fourth byte of two codes, or of each eight bytes two. It
+reads whole words instead, as do the three beside it, at no cost, and picks its byte from each: no order of
+columns has to be changed, neither of codes nor of activations.
+
+Written in Gluon, Triton's lower level, which its interpreter does not run.
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ao_kernels.device.decode import INT4, NF4, above
+from ao_kernels.device.picked import picked_bytes, picked_levels, picked_nibbles
+
+_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed by Triton 3.7 or later
+
+STEP = gl.constexpr(64)
+"""Columns of K that are multiplied at once: 128 bytes of activations, as far as the copy engine swizzles."""
+
+
+@gluon.jit
+def _place(at, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
+    """Row and column of the output's tile ``at``: bands of ``GROUP_M`` tiles of rows, column by column."""
+    across_m = gl.cdiv(M, BLOCK_M)
+    across_n = gl.cdiv(N, BLOCK_N)
+    band = at // (GROUP_M * across_n)
+    band_m = gl.minimum(across_m - band * GROUP_M, GROUP_M)
+    inside = at % (GROUP_M * across_n)
+    return (band * GROUP_M + inside % band_m) * BLOCK_M, inside // band_m * BLOCK_N
+
+
+@gluon.jit
+def _fetch(
+    desc, ring, full, empty, M, N, first, steps,
+    CODES: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """Copy ``steps`` tiles of ``COLUMNS`` from step ``first`` on into a ring, for each tile of the output."""
+    i = first * 0
+    count = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    for at in range(gl.program_id(0), count, gl.num_programs(0)):
+        row, column = _place(at, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start = column if CODES else row
+        for step in range(steps):
+            slot = i % RING
+            mbarrier.wait(empty.index(slot), (i // RING & 1) ^ 1)
+            mbarrier.expect(full.index(slot), desc.block_type.nbytes)
+            _copy(desc, [start, (first + step) * COLUMNS], full.index(slot), ring.index(slot))
+            i += 1
+
+
+@gluon.jit
+def _parameters(
+    scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, byte, groups, scalers, scaler_size,
+    ZERO: gl.constexpr, CODED: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """What is stored for the group of each row's ``byte``: scale, zero, offset, step; else the scale."""
+    group = byte * 0
+    if GROUP > 0:
+        group = gl.minimum(byte // GROUP, groups - 1)
+    scale = gl.load(scale_ptr + rows * groups + group)
+    zero = scale
+    offset = scale
+    step = scale
+    if ZERO > 0:
+        zero = gl.load(zero_ptr + rows * groups + group)
+    if CODED:
+        offset = gl.load(offset_ptr + rows * scalers + group // scaler_size)
+        step = gl.load(step_ptr + rows * scalers + group // scaler_size)
+    return scale, zero, offset, step
+
+
+@gluon.jit
+def _operand(
+    words, raw, WIDE: gl.constexpr, LAYOUT: gl.constexpr, TARGET: gl.constexpr,
+    KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """Words of codes ``[64, W]`` in shared memory as the left operand ``[64, 64]``.
+
+    Scaled, unless :func:`_multiply` does that at the end.
+    """
+    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
+    lane = gl.expand_dims(gl.expand_dims(lane, 0), 0)
+    scale = raw[0].to(gl.float32)
+    if CODED:
+        scale = raw[2] + scale * raw[3]
+        scale = scale * scale
+        scale = scale * scale
+    if GROUP == 0 and not CODED and not (KIND == INT4 and ZERO == 1):
+        scale = gl.full_like(scale, 1.0)
+    scale = gl.expand_dims(scale, 2)
+    codes = words.load(WIDE)
+    if KIND == INT4:
+        middle = gl.full_like(scale, 8.0)
+        midpoint = gl.zeros_like(scale)
+        if ZERO == 1:
+            midpoint = gl.expand_dims(raw[1].to(gl.float32), 2)
+        elif ZERO == 2:
+            middle = gl.expand_dims(raw[1].to(gl.float32), 2)
+        less = (-above(DTYPE) - middle).to(DTYPE)
+        even, odd = picked_nibbles(gl.expand_dims(codes, 2), lane, less, scale, midpoint, DTYPE)
+    elif KIND == NF4:
+        even, odd = picked_levels(gl.expand_dims(codes, 2), lane, scale, DTYPE)
+    else:
+        PAIRS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+        first, second = gl.split(codes.reshape([64, words.shape[1] // 2, 2]))
+        first = gl.expand_dims(gl.convert_layout(first, PAIRS, assert_trivial=True), 2)
+        second = gl.expand_dims(gl.convert_layout(second, PAIRS, assert_trivial=True), 2)
+        even, odd = picked_bytes(first, second, lane, scale, KIND, DTYPE)
+    return gl.convert_layout(gl.join(even, odd).reshape([64, 64]), TARGET, assert_trivial=True)
+
+
+@gluon.jit
+def _multiply(
+    x, codes, full, empty, codes_full, codes_empty,
+    scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, first, tiles,
+    groups, scalers, scaler_size,
+    KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
+    GROUP: gl.constexpr, START: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    GROUP_M: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr,
+):  # fmt: skip
+    """Rows ``[START:START + 64]`` of each tile of codes times tiles of activations, stored transposed."""
+    PACKED: gl.constexpr = KIND == INT4 or KIND == NF4
+    BYTES: gl.constexpr = STEP // 2 if PACKED else STEP
+    WORDS: gl.constexpr = BYTES // 4
+    STEPS: gl.constexpr = 128 // BYTES
+    layout: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BLOCK_M, 16]
+    )
+    TARGET: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    # Of the operand: pairs of columns to lanes, eights of columns and rows 8 apart to registers.
+    LAYOUT: gl.constexpr = gl.DistributedLinearLayout(
+        [[0, 1, 0], [0, 2, 0], [0, 4, 0], [8, 0, 0]],
+        [[0, 0, 1], [0, 0, 2], [1, 0, 0], [2, 0, 0], [4, 0, 0]], [[16, 0, 0], [32, 0, 0]], [], [64, 8, 4],
+    )  # fmt: skip
+    WIDE: gl.constexpr = (
+        gl.SliceLayout(2, LAYOUT)
+        if PACKED
+        else gl.DistributedLinearLayout(
+            [[0, 1], [0, 2], [0, 4], [0, 8], [8, 0]],
+            [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 16],
+        )
+    )  # fmt: skip
+    # Scales: one for a row and step, or for each of the eight parts of a step. They last a number of steps if
+    # a tile is a whole number of groups, or the other way round.
+    PARTS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    LASTING: gl.constexpr = GROUP > 0 and (128 % GROUP == 0 or GROUP % 128 == 0)
+    within = gl.expand_dims(gl.zeros([64], gl.int32, gl.SliceLayout(1, PARTS)), 1)
+    if GROUP % BYTES != 0:
+        part_of_step = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, PARTS)), 0)
+        within = within + part_of_step * (BYTES // 8)
+    within += first * 128
+    out_ptr += gl.program_id(1).to(gl.int64) * M * N
+    count = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+    done = first * 0
+    for at in range(gl.program_id(0), count, gl.num_programs(0)):
+        row, column = _place(at, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        rows = column + START + gl.arange(0, 64, gl.SliceLayout(1, PARTS))
+        rows = gl.expand_dims(gl.minimum(rows, N - 1), 1)
+        raw = _parameters(
+            scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, within, groups, scalers, scaler_size,
+            ZERO, CODED, GROUP,
+        )  # fmt: skip
+        mbarrier.wait(codes_full.index(done % CODES_RING), done // CODES_RING & 1)
+        words = codes.index(done % CODES_RING).slice(START, 64).slice(0, WORDS, dim=1)
+        w = _operand(words, raw, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE)
+        if GROUP > 0:
+            raw = _parameters(
+                scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, within + BYTES, groups, scalers, scaler_size,
+                ZERO, CODED, GROUP,
+            )  # fmt: skip
+        acc = gl.zeros([64, BLOCK_M], gl.float32, layout)
+        mbarrier.wait(full.index(done * STEPS % RING), done * STEPS // RING & 1)
+        last = done + tiles - 1
+        for tile in range(done, done + tiles):
+            before = w
+            for part in gl.static_range(STEPS):
+                i = tile * STEPS + part
+                acc = warpgroup_mma(w, x.index(i % RING).permute((1, 0)), acc, is_async=True)
+                # Meanwhile what comes next is decoded; after the last tile, that one again, for nothing.
+                source = tile
+                if part + 1 == STEPS:
+                    source = gl.minimum(tile + 1, last)
+                    mbarrier.wait(codes_full.index(source % CODES_RING), source // CODES_RING & 1)
+                words = codes.index(source % CODES_RING).slice(START, 64)
+                words = words.slice((part + 1) % STEPS * WORDS, WORDS, dim=1)
+                following = _operand(words, raw, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE)
+                if GROUP > 0 and (not LASTING or (part + 2) * BYTES % min(GROUP, 128) == 0):
+                    raw = _parameters(
+                        scale_ptr, zero_ptr, offset_ptr, step_ptr, rows,
+                        within + ((tile - done) * STEPS + part + 2) * BYTES, groups, scalers, scaler_size,
+                        ZERO, CODED, GROUP,
+                    )  # fmt: skip
+                # This wait comes first: the assembler does not move decoding beyond its loop, as it would
+                # beyond the other wait. After the last step, it is for that one again.
+                ahead = gl.minimum(i + 1, last * STEPS + STEPS - 1)
+                mbarrier.wait(full.index(ahead % RING), ahead // RING & 1)
+                # One product stays under way, but none into the next iteration, where the registers that it
+                # reads change their names. Operands are named here to keep them until their products end.
+                if part + 1 < STEPS:
+                    acc, before = warpgroup_mma_wait(num_outstanding=1, deps=(acc, before))
+                else:
+                    acc, before, w = warpgroup_mma_wait(num_outstanding=0, deps=(acc, before, w))
+                    mbarrier.arrive(empty.index(i % RING))
+                if part > 0:
+                    mbarrier.arrive(empty.index((i - 1) % RING))
+                before = w
+                w = following
+            mbarrier.arrive(codes_empty.index(tile % CODES_RING))
+        done += tiles
+        inside = gl.minimum(column + START + gl.arange(0, 64, gl.SliceLayout(1, layout)), N - 1)
+        if GROUP == 0 and not CODED and not (KIND == INT4 and ZERO == 1):
+            acc *= gl.expand_dims(gl.load(scale_ptr + inside * groups).to(gl.float32), 1)
+        if BIAS:
+            acc += gl.expand_dims(gl.load(bias_ptr + inside).to(gl.float32), 1)
+        _store(acc.to(out_ptr.dtype.element_ty), out_ptr, row, column + START, M, N)
+
+
+@gluon.jit
+def _store(values, out_ptr, row, column, M, N):
+    """``values`` ``[64, rows]`` transposed, 64 rows at a time through shared memory, in runs of 128 bytes."""
+    ROWS: gl.constexpr = values.shape[1]
+    if ROWS > 64:
+        first, second = gl.split(values.reshape([64, 2, ROWS // 2]).permute((0, 2, 1)))
+        _store(first, out_ptr, row, column, M, N)
+        _store(second, out_ptr, row + ROWS // 2, column, M, N)
+    else:
+        layout: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+        n = column + gl.arange(0, 64, gl.SliceLayout(1, layout))
+        m = row + gl.arange(0, ROWS, gl.SliceLayout(0, layout))
+        pointers = out_ptr + gl.expand_dims(m.to(gl.int64) * N, 0) + gl.expand_dims(n, 1)
+        mask = gl.expand_dims(m < M, 0) & gl.expand_dims(n < N, 1)
+        gl.store(pointers, gl.convert_layout(values, layout), mask=mask)
+
+
+@gluon.jit
+def from_registers(
+    x_desc, codes_desc, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr,
+    M, N, width, groups, scalers, scaler_size,
+    KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
+    GROUP: gl.constexpr, BLOCK_M: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr,
+    GROUP_M: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
+
+    Args:
+        x_desc: activations ``[M, K]`` in tiles of ``BLOCK_M`` rows and 64 columns; beyond their end the copy
+            engine gives 0.
+        codes_desc: words of four bytes ``[N, width / 4]`` in tiles of 128 rows and 128 bytes.
+        width: bytes to a row of codes, a multiple of four.
+        GROUP: bytes to a scale, a multiple of four (of eight, if a code is a byte); 0: one for the row.
+        GROUP_M: tiles of rows that run side by side, and find their weights in the L2 cache.
+
+    A program takes every so many tiles of the output. Programs on the second axis of the grid share a row;
+    ``out`` is then ``[programs, M, N]``.
+    """
+    STEPS: gl.constexpr = 4 if KIND == INT4 or KIND == NF4 else 2
+    BLOCK_N: gl.constexpr = 128
+    all_tiles = gl.cdiv(width, 128)
+    share = gl.cdiv(all_tiles, gl.num_programs(1))
+    first = gl.program_id(1) * share
+    tiles = gl.minimum(all_tiles - first, share)
+    x = gl.allocate_shared_memory(DTYPE, [RING, BLOCK_M, STEP], x_desc.layout)
+    codes = gl.allocate_shared_memory(gl.int32, [CODES_RING, BLOCK_N, 32], codes_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
+    codes_full = gl.allocate_shared_memory(gl.int64, [CODES_RING, 1], mbarrier.MBarrierLayout())
+    codes_empty = gl.allocate_shared_memory(gl.int64, [CODES_RING, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(RING):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
+    for i in gl.static_range(CODES_RING):
+        mbarrier.init(codes_full.index(i), count=1)
+        mbarrier.init(codes_empty.index(i), count=2)
+    fence_async_shared()
+    gl.warp_specialize(
+        [
+            (_multiply, (
+                x, codes, full, empty, codes_full, codes_empty,
+                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, first, tiles,
+                groups, scalers, scaler_size,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 0, BLOCK_M, BLOCK_N, GROUP_M, RING, CODES_RING,
+            )),
+            (_multiply, (
+                x, codes, full, empty, codes_full, codes_empty,
+                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, first, tiles,
+                groups, scalers, scaler_size,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 64, BLOCK_M, BLOCK_N, GROUP_M, RING, CODES_RING,
+            )),
+            (_fetch, (
+                x_desc, x, full, empty, M, N, first * STEPS, tiles * STEPS,
+                False, STEP, RING, BLOCK_M, BLOCK_N, GROUP_M,
+            )),
+            (_fetch, (
+                codes_desc, codes, codes_full, codes_empty, M, N, first, tiles,
+                True, 32, CODES_RING, BLOCK_M, BLOCK_N, GROUP_M,
+            )),
+        ],
+        [4, 1, 1],
+        [240, 24, 24],
+    )  # fmt: skip
