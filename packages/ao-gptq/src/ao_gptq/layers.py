@@ -221,14 +221,7 @@ def _experts(name: str, weight: torch.Tensor, job: Job, settings: Settings) -> F
 
 def _shared(hessians: Sequence[Hessian]) -> Hessian | None:
     """The Hessian of all tokens that any expert of a stack saw; None if there are none."""
-    tokens = sum(each.tokens for each in hessians)
-    if not tokens:
-        return None
-    made = Hessian(hessians[0].columns, hessians[0].device)
-    for each in hessians:
-        made.value.add_(each.value, alpha=each.tokens / tokens)
-    made.tokens = tokens
-    return made
+    return Hessian.mean_of(hessians) if any(each.tokens for each in hessians) else None
 
 
 def _joined(name: str, weight: torch.Tensor, found: Sequence[_Matrix]) -> Found:

@@ -1,13 +1,13 @@
 """What is kept of the inputs that a layer sees: small statistics, updated batch by batch.
 
 Each is made for the number of input columns and a device, takes inputs ``[..., K]`` of any float dtype,
-none of whose rows need be there, and counts rows as ``tokens``. Sums are float32.
+none of whose rows need be there, and counts rows as ``tokens``. Statistics are float32.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -106,7 +106,9 @@ class SquaredNorm(Collector):
 class Hessian(Collector):
     """``H = 2/n Σ x xᵀ`` over tokens: float32 ``[K, K]`` (GPTQ, arXiv 2210.17323, section 3).
 
-    It is that of the squared error of one output, ``‖X w - X ŵ‖² / n``.
+    It is that of the squared error of one output, ``‖X w - X ŵ‖² / n``. Each update's product is float32, their
+    sum float64: it holds nearly every sum of float32 numbers exactly, so that their order, and how many
+    processes they come from, change nothing.
 
     Args:
         columns: input features, K.
@@ -123,44 +125,61 @@ class Hessian(Collector):
     ) -> None:
         super().__init__(columns, device)
         self._seen = seen or (lambda rows: rows)
-        self._mean = torch.zeros(columns, columns, device=device)
-        self._whole = True  # else only the blocks on and right of the diagonal are up to date
+        # One of both is there: sums on and right of the diagonal, which are as large, or the whole.
+        self._sums: list[torch.Tensor] | None = None
+        self._whole: torch.Tensor | None = None
+
+    @classmethod
+    def mean_of(cls, parts: Sequence[Hessian]) -> Hessian:
+        """That of all tokens that any of ``parts``, of the same columns, saw."""
+        made = cls(parts[0].columns, parts[0].device)
+        made.tokens = sum(part.tokens for part in parts)
+        whole = torch.zeros(made.columns, made.columns, device=made.device)
+        for part in parts:
+            whole.add_(part.value, alpha=part.tokens / max(made.tokens, 1))
+        made._whole = whole
+        return made
 
     def add(self, rows: torch.Tensor) -> None:
         """See :meth:`Collector.add`."""
-        rows, before, self._whole = self._seen(rows), self.tokens - rows.shape[0], False
-        # A running mean: the sum of many tokens would lose the last bits of late ones.
-        for start, end in _bands(self.columns):
-            add_product(
-                self._mean[start:end, start:],
-                rows[:, start:end],
-                rows[:, start:],
-                keep=before / self.tokens,
-                scale=2 / self.tokens,
-            )
+        rows, sums = self._seen(rows), self._opened(self.tokens - rows.shape[0])
+        for (start, end), part in zip(_bands(self.columns), sums, strict=True):
+            part.add_(product(rows[:, start:end], rows[:, start:]))
 
     @property
     def value(self) -> torch.Tensor:
         """``H``."""
-        if not self._whole:
+        if self._whole is None:
+            whole = torch.empty(self.columns, self.columns, device=self.device)
+            sums, self._sums = self._opened(0), None
             for start, end in _bands(self.columns):
-                self._mean[end:, start:end] = self._mean[start:end, end:].t()
-            self._whole = True
-        return self._mean
+                whole[start:end, start:] = sums.pop(0).mul_(2 / max(self.tokens, 1))
+                whole[end:, start:end] = whole[start:end, end:].t()
+            self._whole = whole
+        return self._whole
 
     def join(self) -> None:
         """See :meth:`Collector.join`."""
-        mine, self.tokens = self.tokens, processes.total(self.tokens, self.device)
-        processes.all_reduce(self.value.mul_(mine / max(self.tokens, 1)))
+        sums = self._opened(self.tokens)
+        self.tokens = processes.total(self.tokens, self.device)
+        for part in sums:
+            processes.all_reduce(part)
+
+    def _opened(self, tokens: int) -> list[torch.Tensor]:
+        """The sums ``Σ x xᵀ`` of each band, of a whole that was made for ``tokens`` where there is one."""
+        if self._sums is None:
+            whole, self._whole = self._whole, None
+            self._sums = [
+                torch.zeros(end - start, self.columns - start, dtype=torch.float64, device=self.device)
+                if whole is None
+                else whole[start:end, start:].double().mul_(tokens / 2)
+                for start, end in _bands(self.columns)
+            ]
+        return self._sums
 
 
 class PairedHessian(Hessian):
-    """A Hessian, and beside it what the inputs lack of those in the float model.
-
-    Attributes:
-        cross: ``2/n Σ (x̃ - x) xᵀ`` over the tokens that came with ``x̃``, the input in the float model:
-            float32 ``[K, K]`` (GPTAQ, arXiv 2504.02692, section 3).
-    """
+    """A Hessian, and beside it what the inputs lack of those in the float model."""
 
     def __init__(
         self,
@@ -170,25 +189,49 @@ class PairedHessian(Hessian):
         seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__(columns, device, seen=seen)
-        self.cross = torch.zeros(columns, columns, device=device)
+        self._lacking: torch.Tensor | None = None  # Σ (x̃ - x) xᵀ, float64
+        self._cross: torch.Tensor | None = None
         self._paired = 0
 
     def pair(self, x: torch.Tensor, reference: torch.Tensor) -> None:
         """Take in rows ``x`` ``[..., K]``, and the same rows as the float model has them."""
         self.update(x)
-        rows = self._seen(x.detach().reshape(-1, self.columns).to(self.device))
+        rows = self._seen(x.detach().reshape(-1, self.columns).to(self.device)).float()
         wanted = reference.detach().reshape(-1, self.columns).to(self.device)
-        before, self._paired = self._paired, self._paired + rows.shape[0]
         if rows.shape[0]:
-            lacking = wanted.float() - rows.float()
-            keep, scale = before / self._paired, 2 / self._paired
-            self.cross.addmm_(lacking.t(), rows.float(), beta=keep, alpha=scale)
+            lacking, sums = wanted.float() - rows, self._opened_cross()
+            for start, end in _bands(self.columns):
+                sums[start:end].add_(product(lacking[:, start:end], rows))
+            self._paired += rows.shape[0]
+
+    @property
+    def cross(self) -> torch.Tensor:
+        """``2/n Σ (x̃ - x) xᵀ`` over the tokens that came with ``x̃``, the input in the float model.
+
+        Float32 ``[K, K]`` (GPTAQ, arXiv 2504.02692, section 3).
+        """
+        if self._cross is None:
+            sums, self._lacking = self._opened_cross(), None
+            self._cross = sums.mul_(2 / max(self._paired, 1)).float()
+        return self._cross
 
     def join(self) -> None:
         """See :meth:`Collector.join`."""
         super().join()
-        mine, self._paired = self._paired, processes.total(self._paired, self.device)
-        processes.all_reduce(self.cross.mul_(mine / max(self._paired, 1)))
+        sums = self._opened_cross()
+        self._paired = processes.total(self._paired, self.device)
+        processes.all_reduce(sums)
+
+    def _opened_cross(self) -> torch.Tensor:
+        if self._lacking is None:
+            cross, self._cross = self._cross, None
+            shape = (self.columns, self.columns)
+            self._lacking = (
+                torch.zeros(shape, dtype=torch.float64, device=self.device)
+                if cross is None
+                else cross.double().mul_(self._paired / 2)
+            )
+        return self._lacking
 
 
 def _bands(columns: int) -> list[tuple[int, int]]:
@@ -197,19 +240,15 @@ def _bands(columns: int) -> list[tuple[int, int]]:
     return [(start, min(start + width, columns)) for start in range(0, columns, width)]
 
 
-def add_product(
-    out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, *, keep: float, scale: float
-) -> None:
-    """``out = keep * out + scale * leftᵀ right`` in float32, for rows ``[n, A]`` and ``[n, B]``.
+def product(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+    """``leftᵀ right`` in float32, for rows ``[n, A]`` and ``[n, B]``.
 
     16-bit rows on CUDA go to the tensor cores as they are: their products are exact in float32.
     """
     halves = left.dtype in (torch.bfloat16, torch.float16)
     if halves and left.is_cuda:
-        product = torch.mm(left.t(), right, out_dtype=torch.float32)
-        out.mul_(keep).add_(product, alpha=scale)
-    else:
-        out.addmm_(left.float().t(), right.float(), beta=keep, alpha=scale)
+        return torch.mm(left.t(), right, out_dtype=torch.float32)
+    return left.float().t() @ right.float()
 
 
 class Sample(Collector):
