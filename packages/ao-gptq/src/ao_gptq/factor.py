@@ -51,13 +51,15 @@ class Factor:
         if act_order:
             order = importance.argsort(descending=True, stable=True)
 
-        def ordered() -> torch.Tensor:
-            h = hessian.to(torch.float32)
-            h = h.index_select(0, order).index_select(1, order) if act_order else h.clone()
-            h.diagonal().copy_(importance[order])
+        last_first = order.flip(0)
+
+        def reverse() -> torch.Tensor:
+            # One gather: rows and columns in turn would be two matrices.
+            h = hessian[last_first.unsqueeze(1), last_first].to(torch.float32)
+            h.diagonal().copy_(importance[last_first])
             return h
 
-        upper, percdamp = damped_factor(ordered, float(importance.mean()), percdamp)
+        upper, percdamp = damped_factor(reverse, float(importance.mean()), percdamp)
         return Factor(upper, order, importance, percdamp, int(dead.sum()), not act_order)
 
     def solve(self, rows: torch.Tensor) -> torch.Tensor:

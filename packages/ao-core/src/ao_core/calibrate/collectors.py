@@ -106,9 +106,9 @@ class SquaredNorm(Collector):
 class Hessian(Collector):
     """``H = 2/n Σ x xᵀ`` over tokens: float32 ``[K, K]`` (GPTQ, arXiv 2210.17323, section 3).
 
-    It is that of the squared error of one output, ``‖X w - X ŵ‖² / n``. Each update's product is float32, their
-    sum float64: it holds nearly every sum of float32 numbers exactly, so that their order, and how many
-    processes they come from, change nothing.
+    It is that of the squared error of one output, ``‖X w - X ŵ‖² / n``. Each update's product is float32,
+    their sum float64: it holds nearly every sum of float32 numbers exactly, so that their order, and how
+    many processes they come from, change nothing.
 
     Args:
         columns: input features, K.

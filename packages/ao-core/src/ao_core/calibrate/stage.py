@@ -17,6 +17,7 @@ from ao_core.calibrate.placement import Journal
 from ao_core.calibrate.trace import Trace, follow, follow_all, place
 from ao_core.errors import ModelError, RejectedError
 from ao_core.layers import Layer
+from ao_core.numerics.hessian import finite
 from ao_core.scheme import Scheme
 from ao_core.tensor import InputScaledTensor, QuantizedTensor
 
@@ -296,7 +297,7 @@ class Stage:
                 if self.shared:
                     each.join()
         for name, leader in leaders.items():
-            if not all(bool(torch.isfinite(each.value).all()) for each in found[leader]):
+            if not all(finite(each.value) for each in found[leader]):
                 raise ModelError(
                     f"layer {name!r} saw NaN or infinity on the calibration data. Look for overflow in "
                     "the model's dtype, or for damaged weights."
