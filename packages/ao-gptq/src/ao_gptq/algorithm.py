@@ -99,9 +99,9 @@ class Gptq(BlockAlgorithm):
             jobs = jobs_of(
                 {name: (weights[name], hessians[name], stage.schemes[name]) for name in names}, zeros
             )
+            del hessians  # each goes when its job is done
             for found in spread(jobs, partial(solve, settings=settings)):
                 self._put(stage, found, weights[found.name].dtype)
-            del hessians, jobs
 
     def _turns(self, stage: Stage) -> Iterator[list[str]]:
         """Layers with a scheme, all at once or in the order in which their inputs depend on each other.

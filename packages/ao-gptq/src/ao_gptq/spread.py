@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
 
 from ao_core.calibrate import processes
 from ao_gptq.layers import Found, Job
@@ -10,19 +13,27 @@ from ao_gptq.layers import Found, Job
 Solve = Callable[[Job], list[Found]]
 
 
-def spread(jobs: Sequence[Job], solve: Solve) -> Iterator[Found]:
+def spread(jobs: list[Job], solve: Solve) -> Iterator[Found]:
     """What ``solve`` finds for each job, on every process; each job is solved by one of them.
 
-    The most expensive job goes to the process that has least to do, and so on down.
+    The most expensive job goes to the process that has least to do, and so on down. No job is split, so that
+    what is found for it does not depend on how many processes there are. ``jobs`` is emptied as they are
+    done: Hessians are the largest things in memory.
     """
     if processes.world() == 1:
-        for job in jobs:
-            yield from solve(job)
+        while jobs:
+            yield from solve(jobs.pop(0))
         return
     owners = _owners([job.cost for job in jobs], processes.world())
-    mine = {number: solve(job) for number, job in enumerate(jobs) if owners[number] == processes.rank()}
-    for number, job in enumerate(jobs):
-        yield from _told(job, mine.get(number), owners[number])
+    devices = [next(iter(job.weights.values())).device for job in jobs]
+    own = [(number, job) for number, job in enumerate(jobs) if owners[number] == processes.rank()]
+    jobs.clear()
+    mine: dict[int, list[Found]] = {}
+    while own:
+        number, job = own.pop(0)
+        mine[number] = solve(job)
+        del job
+    yield from _told(mine, owners, devices)
 
 
 def _owners(costs: Sequence[int], world: int) -> list[int]:
@@ -34,13 +45,42 @@ def _owners(costs: Sequence[int], world: int) -> list[int]:
     return owners
 
 
-def _told(job: Job, found: list[Found] | None, owner: int) -> Iterator[Found]:
-    facts = processes.gathered(None if found is None else [each.facts for each in found])[owner]
-    for number, (name, weight) in enumerate(job.weights.items()):
-        sent = None
-        if found is not None:
-            sent = {"codes": found[number].codes, **{f"q {k}": v for k, v in found[number].qparams.items()}}
-        got = processes.broadcast(sent, owner, weight.device)
-        assert facts is not None
-        qparams = {key[2:]: value for key, value in got.items() if key != "codes"}
-        yield Found(name, got["codes"], qparams, facts[number])
+def _told(
+    mine: dict[int, list[Found]], owners: Sequence[int], devices: Sequence[torch.device]
+) -> Iterator[Found]:
+    """What every process found: facts and shapes of all jobs at once, then a job's tensors in one go."""
+    said = processes.gathered(
+        {
+            str(number): [
+                {"name": each.name, "facts": each.facts, "shapes": processes.outline(_tensors(each))}
+                for each in found
+            ]
+            for number, found in mine.items()
+        }
+    )
+    for number, owner in enumerate(owners):
+        layers: list[dict[str, Any]] = said[owner][str(number)]
+        shapes = {
+            f"{i} {name}": shape for i, each in enumerate(layers) for name, shape in each["shapes"].items()
+        }
+        found = mine.pop(number, None)
+        sent = (
+            None
+            if found is None
+            else {
+                f"{i} {name}": tensor
+                for i, each in enumerate(found)
+                for name, tensor in _tensors(each).items()
+            }
+        )
+        got = processes.broadcast(sent, owner, devices[number], shapes)
+        for i, each in enumerate(layers):
+            qparams = {name: got[f"{i} {name}"] for name in each["shapes"] if name != _CODES}
+            yield Found(each["name"], got[f"{i} {_CODES}"], qparams, each["facts"])
+
+
+_CODES = " codes"  # no parameter bears such a name
+
+
+def _tensors(found: Found) -> dict[str, torch.Tensor]:
+    return {_CODES: found.codes, **found.qparams}
