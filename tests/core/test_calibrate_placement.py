@@ -126,3 +126,68 @@ def test_what_was_not_written_comes_home_without_a_copy():
         False,
     ]
     assert torch.equal(model[0].weight, before) and bool((model[1].weight == 3.0).all())
+
+
+def moving(model):
+    """A placement for which the CPU is a second device; what was copied there stays."""
+    placement = Placement(model, None)
+    placement.moves = True
+    return placement
+
+
+def test_what_was_fetched_is_taken_unless_it_was_written():
+    model = Body().eval()
+    block, placement = model.blocks[1], moving(model)
+    homes = {name: each.data_ptr() for name, each in block.named_parameters()}
+    values = {name: each.detach().clone() for name, each in block.named_parameters()}
+    with torch.no_grad():
+        placement.fetch(block.modules())
+        block.norm.weight.fill_(3.0)  # the copy is older
+        with placement.brought(block.modules()):
+            there = {name: each.data_ptr() for name, each in block.named_parameters()}
+    assert {name for name in homes if there[name] == homes[name]} == {"norm.weight"}
+    assert bool((block.norm.weight == 3.0).all())
+    for name, value in values.items():
+        assert name == "norm.weight" or torch.equal(block.get_parameter(name), value)
+    placement.fetch(block.modules())
+    placement.settle(model)  # what nobody took is dropped
+    with placement.brought(block.modules()):
+        assert {name: each.data_ptr() for name, each in block.named_parameters()} == there
+
+
+def test_a_block_runs_on_the_weights_of_another():
+    """Those of the same names and shapes; a part that is unlike, or has buffers, is brought."""
+    model = Body().eval()
+    lender, block = model.blocks[0], model.blocks[1]
+    block.norm = torch.nn.LayerNorm(block.norm.weight.shape[0], elementwise_affine=False)
+    block.up.register_buffer("steps", torch.ones(1))
+    own = dict(block.named_parameters())
+    alike = {"down.weight", "down.bias"} & own.keys()
+    assert alike
+    with moving(model).lent(lender, block):
+        for name, parameter in block.named_parameters():
+            expected = lender.get_parameter(name) if name in alike else own[name]
+            assert parameter is expected, name
+    assert all(parameter is own[name] for name, parameter in block.named_parameters())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_walk_that_moves_finds_what_one_in_place_finds(tied, monkeypatch):
+    """Blocks that share a tensor lend none; either way every parameter is its own afterwards."""
+    model, data, found, lent = Body().eval(), batches(), {}, []
+    if tied:
+        model.blocks[2].norm.weight = model.blocks[1].norm.weight
+    own = dict(model.named_parameters())
+    real = Placement.lent
+    monkeypatch.setattr(Placement, "lent", lambda self, a, b: lent.append(b) or real(self, a, b))
+    init = Placement.__init__
+
+    def moves(self, *args):
+        init(self, *args)
+        self.moves = True
+
+    monkeypatch.setattr(Placement, "__init__", moves)
+    walk(model, lambda stage: norms_of(stage, found), data)
+    same_as_hooks(model, data, found)
+    assert all(parameter is own[name] for name, parameter in model.named_parameters())
+    assert len(lent) == (0 if tied else len(model.blocks) - 1)

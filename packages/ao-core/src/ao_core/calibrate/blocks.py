@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -89,9 +89,15 @@ def find_chain(model: nn.Module, blocks: Blocks, batch: Any, placement: Placemen
             nothing else that a block made.
     """
     watch = _Watch(list(blocks.modules))
+    modules = list(blocks.modules.values())
+    # How blocks are called does not depend on their values: one block's weights on the device do for all.
+    lender = modules[0] if placement.moves and not _share_tensors(modules) else None
     with ExitStack() as stack:
-        for index, block in enumerate(blocks.modules.values()):
-            stack.enter_context(_on_device(block, placement))
+        if lender is not None:
+            stack.enter_context(placement.brought(lender.modules()))
+        for index, block in enumerate(modules):
+            if block is not lender:
+                stack.enter_context(_on_device(block, placement, lender))
             stack.callback(block.register_forward_pre_hook(watch.before(index), with_kwargs=True).remove)
             stack.callback(block.register_forward_hook(watch.after(index)).remove)
         call(model, batch, placement.device)
@@ -154,16 +160,23 @@ class _Watch:
 
 
 @contextmanager
-def _on_device(block: nn.Module, placement: Placement) -> Iterator[None]:
-    """Bring ``block`` to the device for each of its calls."""
+def _on_device(block: nn.Module, placement: Placement, lender: nn.Module | None) -> Iterator[None]:
+    """Bring ``block`` to the device for each of its calls, or let it have the weights of ``lender`` there."""
     with ExitStack() as held, ExitStack() as hooks:
 
         def enter(*_: Any) -> None:
-            held.enter_context(placement.brought(block.modules()))
+            brought = placement.brought(block.modules()) if lender is None else placement.lent(lender, block)
+            held.enter_context(brought)
 
         hooks.callback(block.register_forward_pre_hook(enter).remove)
         hooks.callback(block.register_forward_hook(lambda *_: held.close()).remove)
         yield
+
+
+def _share_tensors(modules: Sequence[nn.Module]) -> bool:
+    """Whether a tensor belongs to more than one of ``modules``."""
+    own = [{id(tensor) for tensor in (*each.parameters(), *each.buffers())} for each in modules]
+    return len(set().union(*own)) < sum(map(len, own))
 
 
 def _repeats(module: nn.Module) -> bool:

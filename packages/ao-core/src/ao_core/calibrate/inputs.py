@@ -127,6 +127,7 @@ class _Enough(Exception):
 def _capture_one(model: nn.Module, blocks: Blocks, stream: Stream, batch: Any, placement: Placement) -> None:
     slot = stream.chain.slot
     first = [others[0] for others in stream.others if others]
+    compared: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     def stand_in(number: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs = {name: None if name in _CACHES else value for name, value in kwargs.items()}
@@ -136,7 +137,7 @@ def _capture_one(model: nn.Module, blocks: Blocks, stream: Stream, batch: Any, p
             hidden, args = args[slot], (*args[:slot], *args[slot + 1 :])
         if number == 0:
             stream.hidden.append(hidden.detach())
-        stream.others[number].append(_shared((args, kwargs), first[number] if first else None))
+        stream.others[number].append(_shared((args, kwargs), first[number] if first else None, compared))
         if number == len(blocks.modules) - 1:
             raise _Enough
         return _shaped(hidden, stream.chain)
@@ -176,14 +177,19 @@ def _shaped(hidden: torch.Tensor, chain: Chain) -> Any:
     return hidden if chain.outputs is None else (hidden, *[None] * (chain.outputs - 1))
 
 
-def _shared(given: Any, earlier: Any) -> Any:
-    """``given`` with tensors that equal those of an earlier batch replaced by them: masks, positions."""
+def _shared(given: Any, earlier: Any, compared: dict[int, tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """``given`` with tensors that equal those of an earlier batch replaced by them: masks, positions.
+
+    ``compared``: id → tensor and what replaces it, of those that another block was given too.
+    """
     known = iter(tensors(earlier))
 
     def same(tensor: torch.Tensor) -> torch.Tensor:
         other = next(known, None)
-        if other is None or other.shape != tensor.shape or other.dtype != tensor.dtype:
-            return tensor.detach()
-        return other if torch.equal(other, tensor) else tensor.detach()
+        if id(tensor) not in compared:
+            alike = other is not None and other.shape == tensor.shape and other.dtype == tensor.dtype
+            equal = alike and torch.equal(other, tensor)  # type: ignore[arg-type]
+            compared[id(tensor)] = tensor, other if other is not None and equal else tensor.detach()
+        return compared[id(tensor)][1]
 
     return mapped(given, same)

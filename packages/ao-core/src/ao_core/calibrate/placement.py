@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import cast
 
@@ -44,6 +45,9 @@ class Placement:
             raise OptionError("device='meta' holds no values, and blocks can't run there. Try cpu or cuda.")
         self.moves = self.device != self.home
         self._left: dict[int, _Left] = {}  # by the storage on the device
+        self._ahead: dict[int, _Ahead] = {}  # by the id of the tensor at home
+        self._copier = ThreadPoolExecutor(1)
+        self._copying: Future[None] | None = None
 
     @contextmanager
     def brought(self, modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -63,8 +67,54 @@ class Placement:
             for storage in set(self._left) - known:
                 del self._left[storage]
 
+    def fetch(self, modules: Iterable[nn.Module]) -> None:
+        """Begin to copy the own tensors of ``modules`` to the device, while something else runs there.
+
+        :meth:`brought` takes the copies of tensors not written since. Quantized ones it copies itself.
+        """
+        if not self.moves or self.device.type not in ("cpu", "cuda"):
+            return
+        self._forget()
+        pairs: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for tensor in (tensor for module in modules for _, tensor in _own(module)):
+            plain = not is_traceable_wrapper_subclass(tensor) and not tensor.is_inference()
+            if plain and tensor.device == self.home and id(tensor) not in self._ahead:
+                copy = torch.empty_like(tensor.detach(), device=self.device)
+                self._ahead[id(tensor)] = _Ahead(tensor, tensor._version, copy)
+                pairs.append((tensor.detach(), copy))
+        stream = None
+        if self.device.type == "cuda":
+            stream = torch.cuda.Stream(self.device)
+            # The copies may lie where kernels that were launched before still read.
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        self._copying = self._copier.submit(_copy, pairs, stream)
+
+    @contextmanager
+    def lent(self, lender: nn.Module, module: nn.Module) -> Iterator[None]:
+        """Inside the block, ``module`` runs on the device with the weights of ``lender``, which lies there.
+
+        What is unlike the lender's, or belongs to a part with buffers, is brought. For finding out how a
+        module is called, whatever its values; the two must share no tensor.
+        """
+        theirs = dict(lender.named_modules())
+        exchanged: list[tuple[nn.Module, dict[str, nn.Parameter | None]]] = []
+        rest: list[nn.Module] = []
+        for name, part in module.named_modules():
+            if name in theirs and _alike(part, theirs[name]):
+                exchanged.append((part, dict(part._parameters)))
+                part._parameters.update(theirs[name]._parameters)
+            else:
+                rest.append(part)
+        try:
+            with self.brought(rest):
+                yield
+        finally:
+            for part, own in exchanged:
+                part._parameters.update(own)
+
     def settle(self, model: nn.Module) -> None:
         """Bring whatever lies on the device back, also parameters that were put there inside a block."""
+        self._forget()
         self._return(model.modules() if self.moves else ())
 
     def returned(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -78,13 +128,27 @@ class Placement:
 
     def _bring(self, module: nn.Module) -> None:
         before = {name: tensor.detach() for name, tensor in _own(module) if not tensor.is_inference()}
-        module._apply(lambda tensor: tensor.to(self.device), recurse=False)
+        module._apply(self._moved, recurse=False)
         for name, tensor in _own(module):
             at_home = before.get(name)
             plain = at_home is not None and not is_traceable_wrapper_subclass(tensor)
             if plain and at_home.device == self.home and tensor.device == self.device:  # type: ignore[union-attr]
                 left = _Left(at_home, tensor.detach(), tensor._version)  # type: ignore[arg-type]
                 self._left[_storage(tensor)] = left
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """``tensor`` on the device: the copy that was fetched, if it is still that of its values."""
+        ahead = self._ahead.pop(id(tensor), None)
+        if ahead is None or self._copying is None or ahead.version != tensor._version:
+            return tensor.to(self.device)
+        self._copying.result()
+        return ahead.copy
+
+    def _forget(self) -> None:
+        """Drop what was fetched and not taken."""
+        if self._copying is not None:
+            self._copying.exception()  # it must not write any more
+        self._copying, self._ahead = None, {}
 
     def _return(self, modules: Iterable[nn.Module]) -> None:
         for module in modules:
@@ -98,6 +162,38 @@ class _Left:
     at_home: torch.Tensor
     there: torch.Tensor
     version: int
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A tensor that is being copied to the device; held, so that its id stays its own."""
+
+    tensor: torch.Tensor
+    version: int
+    copy: torch.Tensor
+
+
+def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: torch.cuda.Stream | None) -> None:
+    with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
+        for source, copy in pairs:
+            copy.copy_(source)
+    if stream is not None:
+        stream.synchronize()
+
+
+def _alike(part: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules hold plain parameters of the same names, shapes and dtypes, and no buffers."""
+    if any(buffer is not None for each in (part, other) for buffer in each._buffers.values()):
+        return False
+
+    def outline(module: nn.Module) -> dict[str, object]:
+        return {
+            name: value if value is None else (value.shape, value.dtype, is_traceable_wrapper_subclass(value))
+            for name, value in module._parameters.items()
+        }
+
+    found = outline(part)
+    return found == outline(other) and not any(each and each[2] for each in found.values())  # type: ignore[index]
 
 
 def _own(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

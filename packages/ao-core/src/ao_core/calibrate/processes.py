@@ -7,8 +7,9 @@ Under ``torchrun`` each process holds the model and looks at a share of the batc
 from __future__ import annotations
 
 import json
+import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeVar
 
@@ -18,6 +19,7 @@ import torch.distributed as dist
 from ao_core.errors import OptionError
 
 T = TypeVar("T")
+_ALIGNED = 16  # bytes: tensors of any dtype may begin there
 
 
 def world() -> int:
@@ -79,23 +81,46 @@ def gathered(value: Any) -> list[Any]:
     return [json.loads(bytes(each[:count].tolist())) for each, count in zip(texts, counts, strict=True)]
 
 
-def broadcast(tensors: dict[str, torch.Tensor] | None, source: int, device: torch.device) -> Any:
-    """The named tensors of process ``source``, on ``device``; the others pass None."""
+def outline(tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """Shapes and dtypes, JSON-able: what :func:`broadcast` must know beforehand."""
+    return {name: [list(t.shape), str(t.dtype).removeprefix("torch.")] for name, t in tensors.items()}
+
+
+def broadcast(
+    tensors: Mapping[str, torch.Tensor] | None,
+    source: int,
+    device: torch.device,
+    shapes: Mapping[str, Any] | None = None,
+) -> dict[str, torch.Tensor]:
+    """The named tensors of process ``source``, on ``device``, sent at once.
+
+    Args:
+        tensors: what ``source`` sends; the others pass None.
+        source: the rank of the process that has them.
+        device: where they are to lie.
+        shapes: from :func:`outline` on ``source``, where all know it already; asked for otherwise.
+    """
     if world() == 1:
-        return tensors
-    outline = gathered(
-        None
-        if tensors is None
-        else {k: (list(t.shape), str(t.dtype).removeprefix("torch.")) for k, t in tensors.items()}
-    )[source]
-    found: dict[str, torch.Tensor] = {}
-    for name, (shape, dtype) in outline.items():
-        tensor = torch.empty(shape, dtype=getattr(torch, dtype), device=device)
-        if tensors is not None:
+        return dict(tensors or {})
+    if shapes is None:
+        shapes = gathered(None if tensors is None else outline(tensors))[source]
+        assert shapes is not None
+    places: dict[str, tuple[int, int]] = {}
+    end = 0
+    for name, (shape, dtype) in shapes.items():
+        start = -(-end // _ALIGNED) * _ALIGNED
+        end = start + math.prod(shape) * getattr(torch, dtype).itemsize
+        places[name] = (start, end)
+    # As bytes: not every backend knows every dtype.
+    flat = torch.zeros(end, dtype=torch.uint8, device=device)
+    found = {
+        name: flat[slice(*places[name])].view(getattr(torch, dtype)).view(shape)
+        for name, (shape, dtype) in shapes.items()
+    }
+    if tensors is not None:
+        for name, tensor in found.items():
             tensor.copy_(tensors[name])
-        # As bytes: not every backend knows every dtype.
-        dist.broadcast(tensor.view(-1).view(torch.uint8), src=source)
-        found[name] = tensor
+    dist.broadcast(flat, src=source)
     return found
 
 
@@ -103,6 +128,11 @@ def _device() -> torch.device:
     """Where the processes' backend takes tensors from."""
     nccl = dist.get_backend() == "nccl"
     return torch.device("cuda", torch.cuda.current_device()) if nccl else torch.device("cpu")
+
+
+def connected(device: torch.device) -> int:
+    """Let all processes meet once, which opens their connections; how many they are."""
+    return total(1, device)
 
 
 @contextmanager
@@ -117,8 +147,11 @@ def started(device: torch.device) -> Iterator[torch.device]:
     if device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", device_id=device)
+    else:
+        dist.init_process_group("gloo")
     try:
+        connected(device)
         yield device
     finally:
         dist.destroy_process_group()

@@ -12,8 +12,9 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from ao_core.calibrate.blocks import Blocks, Chain, NoBlocks, find_blocks, find_chain
-from ao_core.calibrate.inputs import BlockInputs, RestInputs, WholeInputs, capture
+from ao_core.calibrate import processes
+from ao_core.calibrate.blocks import Blocks, NoBlocks, find_blocks, find_chain
+from ao_core.calibrate.inputs import BlockInputs, RestInputs, Stream, WholeInputs, capture
 from ao_core.calibrate.placement import Journal, Placement
 from ao_core.calibrate.resume import Resume
 from ao_core.calibrate.stage import Inputs, Stage
@@ -80,13 +81,14 @@ class Walker:
 
         Args:
             visit: changes a stage.
-            progress: show how far it is.
+            progress: show how far it is; of several processes the first one does.
             resuming: use :attr:`resume`, where there is one.
         """
         self._notes = {}
         self._resume = self.resume if resuming else None
         self._finished = 0 if self._resume is None else self._resume.done()
-        with torch.no_grad(), _evaluating(self.model), reporting("calibrating", enabled=progress) as show:
+        said = progress and processes.rank() == 0
+        with torch.no_grad(), _evaluating(self.model), reporting("calibrating", enabled=said) as show:
             try:
                 how = self._walk(visit, show)
             except BaseException:
@@ -104,6 +106,7 @@ class Walker:
             blocks = find_blocks(self.model)
             with self.placement.brought(_outside(self.model, blocks)):
                 chain = find_chain(self.model, blocks, self.batches[0], self.placement)
+                stream = capture(self.model, blocks, chain, self.batches, self.placement)
         except NoBlocks as reason:
             how = f"the whole model at once: {reason}"
             logger.info("calibrating %s", how)
@@ -112,16 +115,15 @@ class Walker:
                 inputs = WholeInputs(self.model, self.batches, self.placement.device)
                 self._visit(visit, 0, "", self.model, list(self.layers), inputs, partial(show, 0, 1))
             return how
-        return self._walk_blocks(visit, blocks, chain, show)
+        return self._walk_blocks(visit, blocks, stream, show)
 
-    def _walk_blocks(self, visit: Visit, blocks: Blocks, chain: Chain, show: Show) -> str:
+    def _walk_blocks(self, visit: Visit, blocks: Blocks, stream: Stream, show: Show) -> str:
         outside = _outside(self.model, blocks)
-        with self.placement.brought(outside):
-            stream = capture(self.model, blocks, chain, self.batches, self.placement)
         floats = replace(stream, hidden=list(stream.hidden)) if self.reference else None
         inside = {name: self._inside(name) for name in blocks.modules}
         rest = sorted(set(self.layers) - {layer for names in inside.values() for layer in names})
         total = len(blocks.modules) + bool(rest)
+        following = [*blocks.modules.values()][1:]
         for number, (name, block) in enumerate(blocks.modules.items()):
             show(number, total)
             inputs = BlockInputs(block, stream, number)
@@ -129,6 +131,8 @@ class Walker:
             with self.placement.brought(block.modules()):
                 said = partial(show, number, total)
                 self._visit(visit, number, name, block, inside[name], inputs, said, reference)
+                if number < len(following):  # not earlier: its weights would lie beside this one's Hessians
+                    self.placement.fetch(following[number].modules())
                 stream.advance(inputs)
             stream.others[number].clear()
         if rest:
