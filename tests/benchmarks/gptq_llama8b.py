@@ -7,6 +7,7 @@ The model lies on the host; one block at a time is on the GPU, with the activati
     torchrun --nproc-per-node=2 tests/benchmarks/gptq_llama8b.py results.json --codes one.safetensors
 
 ``--codes`` keeps one in 64 bytes of codes, or, where the file exists, says how many codes equal it.
+``phases`` has a row for each process; the seconds in which they first met are among them, and in the total.
 """
 
 from __future__ import annotations
@@ -17,8 +18,7 @@ import hashlib
 import json
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -102,12 +102,6 @@ class Phases:
         return time.perf_counter()
 
 
-@contextmanager
-def device_of(name: str) -> Iterator[torch.device]:
-    with processes.started(torch.device(name)) as device:
-        yield device
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("results", type=Path)
@@ -122,24 +116,29 @@ def main() -> None:
     parser.add_argument("--scheme", default="int4-weight-only:group_size=128,zero_point=integer")
     parser.add_argument("--codes", type=Path, help="a safetensors file to write, or to compare with")
     options = parser.parse_args()
-    with device_of(options.device) as device:
-        data = measure(options, device)
+    phases = Phases(torch.device(options.device))
+    phases.watch(processes, "connected", "processes meet")
+    with processes.started(torch.device(options.device)) as device:
+        data = measure(options, device, phases)
         if processes.rank() == 0:
             options.results.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
             print(json.dumps(data, indent=1))
 
 
-def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Compress once, and say how long each phase took."""
+def measure(options: argparse.Namespace, device: torch.device, phases: Phases) -> dict[str, Any]:
+    """Compress once, and say how long each phase took; where processes had to meet, that counts too."""
     model = llama(options, device)
     shape = (options.samples // options.batch, options.batch, options.context)
     ids = torch.randint(options.vocabulary, shape, generator=torch.Generator().manual_seed(0))
-    phases = Phases(device)
+    met = sum(phases.seconds.values())
     phases.watch(stage.Stage, "collect", "forward and Hessians")
     phases.watch(stage.Stage, "collect_pairs", "forward and Hessians")
     phases.watch(inputs.Stream, "advance", "forward of the compressed block")
-    for name in ("_bring", "_return", "returned"):
-        phases.watch(placement.Placement, name, "weights between host and device")
+    phases.watch(placement.Placement, "_bring", "weights to the device")
+    for name in ("_return", "returned"):
+        phases.watch(placement.Placement, name, "weights from the device")
+    for name in ("all_reduce", "total", "gathered", "broadcast") if processes.world() > 1 else ():
+        phases.watch(processes, name, "sent to other processes, or waited for them")
     phases.watch(layers, "gptq", "columns")
     phases.watch(factor, "damped_factor", "factorization")
     phases.watch(gptq, "choose", "parameters")
@@ -158,7 +157,9 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
         device=device,
         progress=True,
     )
-    total = time.perf_counter() - start
+    total = time.perf_counter() - start + met
+    took = {name: round(seconds, 2) for name, seconds in sorted(phases.seconds.items())}
+    took["other"] = round(total - sum(phases.seconds.values()), 2)
     digest = hashlib.sha256()
     for _, weight in model.named_parameters():
         if isinstance(weight, ao.QuantizedTensor):
@@ -171,15 +172,16 @@ def measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]
             compared = equal_codes(found, load_file(options.codes))
         else:
             save_file(found, options.codes)
+    launch = "python" if processes.world() == 1 else f"torchrun --nproc-per-node={processes.world()}"
+    command = f"{launch} tests/benchmarks/gptq_llama8b.py FILE"
     notes = [facts for facts in report.notes.values() if "error" in facts]
     return {
-        "command": "python tests/benchmarks/gptq_llama8b.py FILE",
+        "command": command,
         "fingerprint": fingerprint(device),
         "processes": processes.world(),
         **{key: str(value) for key, value in vars(options).items() if key not in ("results", "codes")},
         "seconds": round(total, 2),
-        "phases": {name: round(seconds, 2) for name, seconds in sorted(phases.seconds.items())},
-        "other": round(total - sum(phases.seconds.values()), 2),
+        "phases": processes.gathered(took),
         "peak_device_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
         "reserved_device_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "layers_rounded": len(notes),

@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     parser.add_argument("names", nargs="*", default=NAMES)
     parser.add_argument("--device", default="cpu")
-    given = parser.parse_args()
+    given = parser.parse_intermixed_args()  # names may follow --device
     file, device = given.file, given.device
     done: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {"rows": {}}
     done |= {
