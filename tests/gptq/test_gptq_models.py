@@ -169,10 +169,13 @@ def test_the_search_for_parameters_weighs_columns_by_their_inputs():
         return F.pad(wrong, (0, 28)).view(17, 4, 32).sum(-1)
 
     own = errors(made.choose_qparams(weight))
-    found = errors(choose(weight, importance, made, [10, 7], 32))
+    chosen = choose(weight, importance, made, [10, 7], 32)
+    for name, value in made.choose_qparams(weight).items():
+        assert torch.equal(chosen.own[name], value)
+    found = errors(chosen.qparams)
     assert bool((found <= own * (1 + 1e-6)).all()) and (found < own).double().mean() > 0.4
     one = ao.parse_scheme("float8-weight-only:granularity=tensor")
-    scale = choose(weight, importance, one, [10, 7], 100)["scale"]
+    scale = choose(weight, importance, one, [10, 7], 100).qparams["scale"]
     assert len(scale[:10].unique()) == len(scale[10:].unique()) == 1
     with_steps = ao.parse_scheme("ternary")
     assert scales(with_steps) and scales(made) and scales(ao.parse_scheme("nf4"))

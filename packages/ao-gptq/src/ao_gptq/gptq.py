@@ -14,7 +14,7 @@ import torch
 from ao_core import QParams, Scheme
 from ao_gptq import columns as column_ops
 from ao_gptq.factor import Factor
-from ao_gptq.ranges import choose
+from ao_gptq.ranges import Chosen, choose
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,12 @@ class Rounded:
     Attributes:
         codes: ``[..., N, K]``.
         qparams: each ``[..., N, G]``.
+        own: of static groups, what the scheme gives for the weight by itself; else None.
     """
 
     codes: torch.Tensor
     qparams: QParams
+    own: QParams | None = None
 
 
 def gptq(
@@ -67,7 +69,8 @@ def gptq(
     ).run(block_size, static_groups or not all(each.plain for each in made))
     if weight.ndim == 3:
         return found
-    return Rounded(found.codes[0], {name: value[0] for name, value in found.qparams.items()})
+    own = None if found.own is None else {name: value[0] for name, value in found.own.items()}
+    return Rounded(found.codes[0], {name: value[0] for name, value in found.qparams.items()}, own)
 
 
 class _Loop:
@@ -104,7 +107,8 @@ class _Loop:
 
     def run(self, block_size: int, static: bool) -> Rounded:
         """See :func:`gptq`."""
-        chosen = [self._choose(self.weight, 0, self.columns)] if static else []
+        whole = self._choose(self.weight, 0, self.columns) if static else None
+        chosen = [] if whole is None else [whole.qparams]
         codes: list[torch.Tensor] = []
         for start, end in _spans(self.columns, self.columns if static else self.size, block_size):
             span = self.w[:, :, start:end].clone()
@@ -116,7 +120,7 @@ class _Loop:
                     group = span[..., inside] if stop <= end else self.w[..., first:stop]
                     if self.zeros is not None:
                         group = group.masked_fill(self.zeros[..., first:stop], 0)
-                    chosen.append(self._choose(group, first, stop))
+                    chosen.append(self._choose(group, first, stop).qparams)
                 groups = self._groups(first, last, static)
                 found, errors[..., inside] = self._round(
                     span[..., inside],
@@ -136,9 +140,9 @@ class _Loop:
             place = self._wide(self.order, whole_codes)
             whole_codes = torch.empty_like(whole_codes).scatter_(2, place, whole_codes)
         qparams = {name: torch.cat([each[name] for each in chosen], -1) for name in chosen[0]}
-        return Rounded(whole_codes, qparams)
+        return Rounded(whole_codes, qparams, None if whole is None else whole.own)
 
-    def _choose(self, weight: torch.Tensor, first: int, last: int) -> QParams:
+    def _choose(self, weight: torch.Tensor, first: int, last: int) -> Chosen:
         importance = None if self.importance is None else self.importance[..., first:last]
         return choose(weight.to(self.dtype), importance, self.scheme, self.rows, self.size)
 

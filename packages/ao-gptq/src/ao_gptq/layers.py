@@ -6,7 +6,7 @@ Layers that share an input share a Hessian, its factorization, and one run over 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -150,16 +150,20 @@ def _solved(
         {"percdamp": each.percdamp, **({"dead_columns": each.dead} if each.dead else {})} for each in factors
     ]
     del factors  # as large as the Hessians, and not needed to compare
+    # Of a stack one scale may be for all; what is aimed at or pruned is not the weight that is rounded.
+    if aims is not stack or zeros is not None or not (len(stack) == 1 or scheme.rowwise):
+        solved = replace(solved, own=None)
     return [
         _better(
-            stack[i, start : start + n], aims[i, start : start + n], scheme, hessians[i].value, facts[i],
+            stack[i, part], aims[i, part], scheme, hessians[i].value, facts[i],
             Rounded(
-                solved.codes[i, start : start + n],
-                {name: value[i, start : start + n] for name, value in solved.qparams.items()},
+                solved.codes[i, part],
+                {name: value[i, part] for name, value in solved.qparams.items()},
+                {name: value[i, part] for name, value in solved.own.items()} if solved.own else None,
             ),
         )
         for i in range(len(stack))
-        for start, n in zip([sum(rows[:k]) for k in range(len(rows))], rows, strict=True)
+        for part in [slice(sum(rows[:k]), sum(rows[: k + 1])) for k in range(len(rows))]
     ]  # fmt: skip
 
 
@@ -180,7 +184,7 @@ def _better(
     solved: Rounded,
 ) -> _Matrix:
     """What was solved, or plain rounding where it errs no more; both against ``aim``. ``found`` is noted."""
-    qparams = scheme.choose_qparams(weight)
+    qparams = scheme.choose_qparams(weight) if solved.own is None else solved.own
     codes = scheme.encode(weight, qparams)
     pairs = ((codes, qparams), (solved.codes, solved.qparams))
     nearest, error = output_errors(aim, (scheme.decode(*pair) for pair in pairs), hessian)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -14,13 +15,21 @@ _FACTORS = tuple(step / 100 for step in range(64, 116, 4))
 _ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 24}  # at a time: on a GPU, enough to fill it
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Group parameters: those to round with, and what the scheme gives by itself."""
+
+    qparams: QParams
+    own: QParams
+
+
 def choose(
     weight: torch.Tensor,
     importance: torch.Tensor | None,
     scheme: Scheme,
     rows: Sequence[int],
     size: int,
-) -> QParams:
+) -> Chosen:
     """Parameters for columns of several weights that lie below each other.
 
     Args:
@@ -41,7 +50,7 @@ def choose(
     ]
     own = {name: torch.cat([part[name] for part in parts], -2) for name in parts[0]}
     if importance is None or not scales(scheme) or any(map(_one_for_all, parts)):
-        return own
+        return Chosen(own, own)
     found = [
         _searched(
             weight[..., start : start + step, :],
@@ -52,7 +61,7 @@ def choose(
         )
         for start in range(0, weight.shape[-2], step)
     ]
-    return {name: torch.cat([part[name] for part in found], -2) for name in own}
+    return Chosen({name: torch.cat([part[name] for part in found], -2) for name in own}, own)
 
 
 def _one_for_all(qparams: QParams) -> bool:
