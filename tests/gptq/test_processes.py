@@ -27,6 +27,8 @@ with processes.started(torch.device("cpu")):
     model, batches = model_of(), data(5)
     report = ao.compress_(model, {algorithm!r}, batches, scheme={scheme!r})
     codes = {{n: w.dequantize() for n, w in model.named_parameters() if "weight" in n and w.ndim == 2}}
+    stored = [t for w in model.parameters() if isinstance(w, ao.QuantizedTensor) for t in w.stored().values()]
+    assert stored and all(t.untyped_storage().nbytes() == t.nbytes for t in stored)  # they can be saved
     torch.save({{"codes": codes, "notes": report.notes}}, {out!r} + str(processes.rank()))
 """
 

@@ -174,6 +174,8 @@ class _Ahead:
 
 
 def _copy(pairs: Sequence[tuple[torch.Tensor, torch.Tensor]], stream: torch.cuda.Stream | None) -> None:
+    if stream is not None:
+        torch.cuda.set_device(stream.device)  # of this thread; the first one's would be woken otherwise
     with torch.no_grad(), nullcontext() if stream is None else torch.cuda.stream(stream):
         for source, copy in pairs:
             copy.copy_(source)

@@ -121,7 +121,7 @@ def broadcast(
         for name, tensor in found.items():
             tensor.copy_(tensors[name])
     dist.broadcast(flat, src=source)
-    return found
+    return {name: tensor.clone() for name, tensor in found.items()}  # none holds the others' bytes
 
 
 def _device() -> torch.device:
