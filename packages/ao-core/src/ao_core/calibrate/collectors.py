@@ -189,7 +189,7 @@ class PairedHessian(Hessian):
         seen: Callable[[torch.Tensor], torch.Tensor] | None = None,
     ) -> None:
         super().__init__(columns, device, seen=seen)
-        self._lacking: torch.Tensor | None = None  # Σ (x̃ - x) xᵀ, float64
+        self._lacking: list[torch.Tensor] | None = None  # Σ (x̃ - x) xᵀ, float64, a band of rows each
         self._cross: torch.Tensor | None = None
         self._paired = 0
 
@@ -199,10 +199,16 @@ class PairedHessian(Hessian):
         rows = self._seen(x.detach().reshape(-1, self.columns).to(self.device)).float()
         wanted = reference.detach().reshape(-1, self.columns).to(self.device)
         if rows.shape[0]:
-            lacking, sums = wanted.float() - rows, self._opened_cross()
-            for start, end in _bands(self.columns):
-                sums[start:end].add_(product(lacking[:, start:end], rows))
+            lacking = wanted.float() - rows
+            for (start, end), part in zip(_bands(self.columns), self._opened_cross(), strict=True):
+                part.add_(product(lacking[:, start:end], rows))
             self._paired += rows.shape[0]
+
+    @property
+    def value(self) -> torch.Tensor:
+        """``H``. Ends the sums of :attr:`cross` too, so that they don't lie in memory beside it."""
+        self._end_cross()
+        return super().value
 
     @property
     def cross(self) -> torch.Tensor:
@@ -210,27 +216,33 @@ class PairedHessian(Hessian):
 
         Float32 ``[K, K]`` (GPTAQ, arXiv 2504.02692, section 3).
         """
-        if self._cross is None:
-            sums, self._lacking = self._opened_cross(), None
-            self._cross = sums.mul_(2 / max(self._paired, 1)).float()
-        return self._cross
+        return self._end_cross()
 
     def join(self) -> None:
         """See :meth:`Collector.join`."""
         super().join()
         sums = self._opened_cross()
         self._paired = processes.total(self._paired, self.device)
-        processes.all_reduce(sums)
+        for part in sums:
+            processes.all_reduce(part)
 
-    def _opened_cross(self) -> torch.Tensor:
+    def _end_cross(self) -> torch.Tensor:
+        if self._cross is None:
+            sums, self._lacking = self._opened_cross(), None
+            self._cross = torch.empty(self.columns, self.columns, device=self.device)
+            for start, end in _bands(self.columns):
+                self._cross[start:end] = sums.pop(0).mul_(2 / max(self._paired, 1))
+        return self._cross
+
+    def _opened_cross(self) -> list[torch.Tensor]:
         if self._lacking is None:
             cross, self._cross = self._cross, None
-            shape = (self.columns, self.columns)
-            self._lacking = (
-                torch.zeros(shape, dtype=torch.float64, device=self.device)
+            self._lacking = [
+                torch.zeros(end - start, self.columns, dtype=torch.float64, device=self.device)
                 if cross is None
-                else cross.double().mul_(self._paired / 2)
-            )
+                else cross[start:end].double().mul_(self._paired / 2)
+                for start, end in _bands(self.columns)
+            ]
         return self._lacking
 
 
