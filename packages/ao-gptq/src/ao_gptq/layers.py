@@ -5,6 +5,7 @@ Layers that share an input share a Hessian, its factorization, and one run over 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -244,6 +245,7 @@ def _joined(name: str, weight: torch.Tensor, found: Sequence[_Matrix]) -> Found:
     return Found(name, codes, qparams, [each.facts for each in found])
 
 
+@functools.lru_cache(maxsize=64)
 def column_problem(scheme: Scheme) -> str | None:
     """Why ``scheme`` can't encode and decode one column by itself, or None; tried on a small weight."""
     size = 16 if scheme.group_columns == -1 else min(scheme.group_columns, 4096)
