@@ -140,7 +140,7 @@ def test_launchers_use_what_is_kept(monkeypatch, device):
     weight_linear.weight_linear(rows, weight, None)
     tiles.save(CELL, FEW, 12.5, device)
     weight_linear.weight_linear(rows, weight, None)
-    assert used == [weight_config("int4", 3, 33), FEW]
+    assert used == [weight_config("int4", 3, 33, 96), FEW]
 
 
 def test_the_number_of_rows_is_rounded_up():

@@ -66,8 +66,10 @@ class Decoded:
 
 Config = Few | Many | Specialized | Registers | Decoded
 
-# Up to so many rows: tiles for wide outputs, where a tile a program fills the device, and for narrow ones.
-_Table = tuple[tuple[int, Config, Config], ...]
+# Up to so many rows: tiles for wide outputs, where a tile a program fills the device, and for narrow ones;
+# these may be two: of a deep weight, and of a shallow one.
+_Table = tuple[tuple[int, Config, Config | tuple[Config, Config]], ...]
+_DEEP = 8192
 _WIDE = 8192
 ANY = 1 << 62
 """Rows: as many as there are."""
@@ -113,10 +115,22 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
         (
             (16, Few(1, 32, 16, 2, 64, 4), Registers(16, 8, 3, 1, 4)),
             (32, Registers(32, 8, 3, 1, 1), Registers(32, 8, 3, 1, 4)),
-            (64, Registers(64, 8, 3, 1, 1), Registers(64, 8, 3, 1, 4)),
-            (128, Registers(128, 6, 3, 1, 1), Registers(128, 6, 3, 1, 4)),
-            (256, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
-            (512, Registers(256, 5, 2, 1, 1), Registers(256, 5, 2, 1, 2)),
+            (
+                64,
+                Registers(64, 8, 3, 1, 1),
+                (Registers(64, 8, 3, 1, 4), Specialized(64, 128, 128, 2, 2, 1, 4)),
+            ),
+            (
+                128,
+                Registers(128, 6, 3, 1, 1),
+                (Registers(128, 6, 3, 1, 4), Specialized(128, 128, 64, 3, 2, 1, 4)),
+            ),
+            (
+                256,
+                Registers(256, 5, 2, 1, 1),
+                (Registers(256, 5, 2, 1, 4), Specialized(256, 128, 32, 4, 2, 1, 4)),
+            ),
+            (512, Registers(256, 5, 2, 1, 1), (Registers(256, 5, 2, 1, 2), Registers(128, 6, 3, 1, 1))),
             (ANY, Registers(256, 5, 2, 4, 1), Registers(256, 5, 2, 1, 1)),
         ),
     ),
@@ -145,13 +159,14 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
 _HOPPER["float8"] = _HOPPER["int8"]
 
 
-def weight_config(kind: str, m: int, n: int, hopper: bool = False) -> Config:
-    """For ``m`` rows of activations and ``n`` columns of the output.
+def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False) -> Config:
+    """For ``m`` rows of activations and a weight ``[n, k]``.
 
     Args:
         kind: ``"int4"``, ``"nf4"``, ``"int8"`` or ``"float8"``.
         m: rows.
         n: columns of the output.
+        k: columns of the input.
         hopper: whether :class:`Specialized` and :class:`Registers` can run.
     """
     table = _TABLES[kind]
@@ -159,7 +174,9 @@ def weight_config(kind: str, m: int, n: int, hopper: bool = False) -> Config:
         table = _HOPPER[kind][1]
     for most, wide, narrow in table:
         if m <= most:
-            return wide if n >= _WIDE else narrow
+            if n >= _WIDE:
+                return wide
+            return narrow[k < _DEEP] if isinstance(narrow, tuple) else narrow
     return Decoded()
 
 

@@ -84,9 +84,9 @@ def _config(
     """The table's for a mean expert. Programs of all experts run side by side, so K is not cut."""
     busy = min(x.shape[0], experts)
     rows, n = triton.cdiv(x.shape[0], busy), weight.codes.shape[0] // experts
-    found: Config = weight_config(weight.kind, rows, n * busy)
+    found: Config = weight_config(weight.kind, rows, n * busy, x.shape[1])
     if isinstance(found, Decoded) and not (offsets is None or _groupable(x, n)):
-        found = weight_config(weight.kind, _DECODED_ROWS, n * busy)
+        found = weight_config(weight.kind, _DECODED_ROWS, n * busy, x.shape[1])
     if isinstance(found, Many):
         return dataclasses.replace(found, split_k=1)
     assert isinstance(found, (Few, Decoded))

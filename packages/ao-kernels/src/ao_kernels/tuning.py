@@ -53,7 +53,7 @@ def default(cell: Cell, on_hopper: bool = False) -> Tiles:
     """The tiles of the table."""
     if cell.kind == "int8-dynamic":
         return int8_config(cell.rows, cell.n)
-    return weight_config(cell.kind, cell.rows, cell.n, on_hopper)
+    return weight_config(cell.kind, cell.rows, cell.n, cell.k, on_hopper)
 
 
 def candidates(cell: Cell, on_hopper: bool = False) -> list[Tiles]:

@@ -138,7 +138,7 @@ def _config(weight: Codes, rows: torch.Tensor) -> Config:
     n, kind = weight.codes.shape[0], weight.kind
     found = tiles.find(kind, rows.shape[0], n, rows.shape[1], rows.dtype, rows.device)
     if found is None or isinstance(found, Gemm):
-        return weight_config(kind, rows.shape[0], n, hopper(rows.device))
+        return weight_config(kind, rows.shape[0], n, rows.shape[1], hopper(rows.device))
     return found
 
 
@@ -155,7 +155,7 @@ def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
             readable = readable and weight.codes.shape[1] % 4 == 0 and weight.group_bytes % word == 0
         if readable and hopper(rows.device):
             return config
-        config = weight_config(weight.kind, rows.shape[0], weight.codes.shape[0])
+        config = weight_config(weight.kind, rows.shape[0], weight.codes.shape[0], rows.shape[1])
     if isinstance(config, (Few, Many)) and triton.cdiv(rows.shape[0], config.block_m) > _MOST_PROGRAMS:
         return Decoded()
     return config
