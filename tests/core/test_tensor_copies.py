@@ -140,3 +140,5 @@ def test_what_is_kept_of_a_weight_follows_its_attributes():
     assert weight[1:3].size() == (2, K)
     with pytest.raises(IndexError):
         weight.size(2)
+    weight.data = step_tensor(N + 1, K)
+    assert weight.size() == weight.shape == (N + 1, K)

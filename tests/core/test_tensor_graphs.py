@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 
 import pytest
@@ -29,6 +30,24 @@ def fresh_dynamo():
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def counted(*names):
+    """The calls of these methods of StepTensor, by name."""
+    calls = []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.setattr(StepTensor, name, noted(getattr(StepTensor, name), calls))
+        yield calls
+
+
+def noted(method, calls):
+    def run(weight):
+        calls.append(method.__name__)
+        return method(weight)
+
+    return run
 
 
 class Block(nn.Module):
@@ -88,6 +107,51 @@ def test_compile_with_the_default_backend():
             for rows in (2, 5, 33):
                 x = whole(rows, K)
                 assert torch.equal(compiled(x), exact(x, module.weight, module.bias).float())
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize(
+    ("name", "value"), [("step", 0.25), ("provider", "reference"), ("scheme", "finer")], ids=str
+)
+@torch.no_grad()
+def test_another_attribute_is_another_graph(name, value):
+    """Also after calls that kept the flattened weight; the first graph is used again with the first value."""
+    module, graphs, x = linear_of(step_tensor(N, K)), Graphs(), whole(5, K)
+    compiled = torch.compile(module, fullgraph=True, backend=graphs)
+    before = getattr(module.weight, name)
+    for given, count in ((before, 1), (value, 2), (before, 2), (value, 2)):
+        setattr(module.weight, name, given)
+        for _ in range(2):
+            assert torch.equal(compiled(x), exact(x, module.weight, module.bias).float())
+        assert graphs.count == count
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_another_kind_of_weight_is_another_graph():
+    module, graphs, x = linear_of(step_tensor(N, K), bias=False), Graphs(), whole(5, K)
+    compiled = torch.compile(module, fullgraph=True, backend=graphs)
+    others = (step_tensor(N, K), row_tensor(N, K), step_tensor(N, K, extra=torch.ones(1)))
+    for other, count in zip(others, (1, 2, 3), strict=True):
+        module.weight = nn.Parameter(other, requires_grad=False)
+        torch.testing.assert_close(compiled(x), module(x))
+        assert graphs.count == count
+
+
+@pytest.mark.usefixtures("fresh_dynamo")
+@torch.no_grad()
+def test_a_compiled_call_builds_nothing_of_a_weight():
+    """It asks for what is kept: guards and the unwrapping of each weight are time of the host."""
+    module, x = nn.Sequential(*(linear_of(step_tensor(K, K)) for _ in range(3))), whole(5, K)
+    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+    for _ in range(2):
+        compiled(x)
+    with counted("__tensor_flatten__") as asked, counted("stored", "attributes", "_outer") as built:
+        compiled(x)
+        assert len(asked) >= len(module) and not built
+        module[0].weight.scheme = "another"
+        compiled(x)
+        assert {"stored", "attributes"} <= set(built)
 
 
 def test_export_with_a_dynamic_row_count():
