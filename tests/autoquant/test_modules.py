@@ -81,13 +81,13 @@ def test_errors_and_bytes_of_stacks_and_embeddings(mixture):
 
 
 def test_the_time_of_a_module_is_divided_among_its_stacks(mixture, monkeypatch):
-    from ao_autoquant import measuring
+    from ao_autoquant import subject
     from ao_autoquant.measure import Time
 
     def seconds(layer, weight, call):  # of the whole module; 30 less for a quantized stack
         return Time(70.0 if isinstance(weight, ao.QuantizedTensor) else 100.0, 1.0)
 
-    monkeypatch.setattr(measuring, "module_time", seconds)
+    monkeypatch.setattr(subject, "module_time", seconds)
     model, ids = mixture
     found = explore(model, ids, **OPTIONS)
     up, down = found.options["experts.up"], found.options["experts.down"]

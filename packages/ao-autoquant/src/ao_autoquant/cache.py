@@ -1,17 +1,20 @@
 """What was measured before: a file that searches read and write.
 
-SQLite, so that processes can share it. A row is keyed by all that decides the number, as JSON. The file
-lies in the platform's cache directory; ``AO_CACHE_DIR`` names another directory, ``AO_AUTOQUANT_CACHE``
-another file, or is ``off``.
+SQLite, so that processes can share it. A row is keyed by all that decides the number, as JSON. A transaction
+waits for the disk, so that what is measured within a second goes into one. The file lies in the platform's
+cache directory; ``AO_CACHE_DIR`` names another directory, ``AO_AUTOQUANT_CACHE`` another file, or is ``off``.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import sqlite3
+import time
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +22,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 _FORMAT = 1
+_TOGETHER_S = 1.0  # rows of so long are written at once
 _SCHEMA = "CREATE TABLE IF NOT EXISTS measured (key TEXT PRIMARY KEY, value TEXT NOT NULL)"
 
 
@@ -32,11 +36,17 @@ def path() -> Path | None:
 
 
 class Cache:
-    """Numbers by key. Without a usable file it holds them for this search only, and warns once."""
+    """Numbers by key. Without a usable file it holds them for this search only, and warns once.
+
+    A context: what is not written yet is written when the block is left, by an exception or Ctrl-C too, and
+    when the process ends.
+    """
 
     def __init__(self, *, reread: bool = True) -> None:
         self._file = path()
         self._known: dict[str, dict[str, Any]] = {}
+        self._waiting: dict[str, str] = {}
+        self._written = -math.inf
         self.hits = 0
         if self._file is not None:
             try:
@@ -44,6 +54,13 @@ class Cache:
                 self._open(self._file, reread)
             except (OSError, sqlite3.Error) as error:
                 self._give_up(error)
+        weakref.finalize(self, _write, self._file, self._waiting)
+
+    def __enter__(self) -> Cache:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.flush()
 
     def get(self, key: Mapping[str, Any]) -> dict[str, Any] | None:
         """What is known under ``key``, or None."""
@@ -52,16 +69,22 @@ class Cache:
         return found
 
     def put(self, key: Mapping[str, Any], value: Mapping[str, Any]) -> None:
-        """Keep ``value``, at once, for this and every other process."""
+        """Keep ``value``, for this process at once, for every other one within a second or with the next."""
         self._known[_text(key)] = dict(value)
         if self._file is None:
             return
+        self._waiting[_text(key)] = json.dumps(value, sort_keys=True)
+        if time.monotonic() - self._written >= _TOGETHER_S:
+            self.flush()
+
+    def flush(self) -> None:
+        """Write what is not written yet, for every other process."""
         try:
-            with contextlib.closing(sqlite3.connect(self._file, timeout=30)) as store, store:
-                row = (_text(key), json.dumps(value, sort_keys=True))
-                store.execute("INSERT OR REPLACE INTO measured VALUES (?, ?)", row)
+            _write(self._file, self._waiting)
         except (OSError, sqlite3.Error) as error:
+            self._waiting.clear()
             self._give_up(error)
+        self._written = time.monotonic()
 
     def _open(self, file: Path, reread: bool) -> None:
         try:
@@ -98,6 +121,15 @@ class Cache:
             stacklevel=4,
         )
         self._file = None
+
+
+def _write(file: Path | None, waiting: dict[str, str]) -> None:
+    """Rows in one transaction; ``waiting`` is empty afterwards."""
+    if file is None or not waiting:
+        return
+    with contextlib.closing(sqlite3.connect(file, timeout=30)) as store, store:
+        store.executemany("INSERT OR REPLACE INTO measured VALUES (?, ?)", list(waiting.items()))
+    waiting.clear()
 
 
 def _text(key: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from torch import nn
 
 from ao_autoquant.cache import Cache
 from ao_autoquant.known import FORMAT, known_from, load
+from ao_autoquant.measure import Digests
 from ao_autoquant.measuring import Faulty, Measurer
 from ao_autoquant.profile import Profile, as_examples, profile
 from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, solve, totals
@@ -209,11 +210,12 @@ def explore(
     only = None if schemes is None else {str(made): made for made in map(parse_scheme, schemes)}
     batches = as_examples(examples if calibration is None else calibration)
     seen = profile(model, examples, weights=weights, wanted=wanted)
-    source = source_of(model, error, as_examples(examples), batches)
+    digests = Digests()
+    source = source_of(model, error, as_examples(examples), batches, digests)
     return measured(
         model, seen, only=only, judge=sensitivity(error, model, seen.seen, batches, source), measure=error,
         source=source, known=known, compiled=compiled, isolate=isolate, limit_s=limit_s, remeasure=remeasure,
-        progress=progress,
+        progress=progress, digests=digests,
     )  # fmt: skip
 
 
@@ -231,6 +233,7 @@ def measured(
     limit_s: float = 180.0,
     remeasure: bool = False,
     progress: bool = False,
+    digests: Digests | None = None,
 ) -> Exploration:
     """Measure the candidates on what was profiled; the second half of :func:`explore`."""
     options: dict[str, dict[str, Option]] = {}
@@ -239,7 +242,7 @@ def measured(
     place = _fingerprint(model)
     measurer = Measurer(
         Cache(reread=not remeasure), compiled=compiled, isolate=isolate, limit_s=limit_s, sensitivity=judge,
-        known=known_from(known, place, source),
+        known=known_from(known, place, source), digests=digests,
     )  # fmt: skip
     measurer.share(seen.seen)
     with measurer, torch.no_grad(), reporting("measuring", enabled=progress) as show:

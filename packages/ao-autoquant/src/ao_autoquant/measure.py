@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -18,8 +20,8 @@ _MOST_COPIES = 40
 _ROUND_US = 20_000.0  # of a round on a host, about
 _REPLAYS_US = 20_000.0  # of the replays of a repeat, about
 _REPEATS = 5
-_ROWS = 2048  # of a weight, from which its error is taken
-_LARGE = 1 << 23  # elements of a weight
+_ROWS = 1024  # of a large weight, from which its error is taken
+_LARGE = 1 << 20  # elements of a weight
 
 
 @dataclass(frozen=True)
@@ -52,54 +54,126 @@ class FaultError(Exception):
     """A scheme that can't be measured here; the message says why."""
 
 
-def quality(
-    scheme: Scheme | None, weight: torch.Tensor, sample: torch.Tensor, bias: torch.Tensor | None
-) -> tuple[Quality, torch.Tensor]:
-    """Quantize ``weight`` ``[N, K]`` and compare outputs for ``sample`` ``[rows, K]``; also the weight.
+@dataclass(frozen=True)
+class Part:
+    """Rows of a weight that stand for all of it.
 
-    Without a scheme, of float.
+    Attributes:
+        rows: which.
+        counts: for how many each of them stands.
+    """
+
+    rows: torch.Tensor
+    counts: torch.Tensor
+
+
+@dataclass(eq=False)
+class Reference:
+    """A linear in float, which candidates are compared with; what all comparisons share is made once.
+
+    Attributes:
+        weight: ``[N, K]``.
+        sample: of its inputs, ``[r, K]``.
+        bias: ``[N]`` or None.
+    """
+
+    weight: torch.Tensor
+    sample: torch.Tensor
+    bias: torch.Tensor | None
+
+    @cached_property
+    def output(self) -> torch.Tensor:
+        """``[r, N]``."""
+        return F.linear(self.sample, self.weight, self.bias)
+
+    @cached_property
+    def size(self) -> torch.Tensor:
+        """Of the output, squared, in float64."""
+        return self.output.double().square().sum()
+
+    @cached_property
+    def part(self) -> Part | None:
+        """Half of ``_ROWS`` the rows of the largest norm, half others, by norm at even distances.
+
+        What a scheme does to a row grows with the row, and outliers may hold most of the error: these count
+        themselves. None of a weight that is not large.
+        """
+        half = _ROWS // 2
+        if self.weight.numel() < _LARGE or len(self.weight) < 2 * _ROWS:
+            return None
+        order = torch.linalg.vector_norm(self.weight, dim=-1, dtype=torch.float32).argsort(stable=True)
+        others, largest = order[:-half], order[-half:]  # from the smallest on
+        others = others[:: len(others) // half]
+        counts = torch.ones(len(others) + half, dtype=torch.float64, device=order.device)
+        counts[: len(others)] = (len(order) - half) / len(others)
+        return Part(torch.cat([others, largest]), counts)
+
+
+def quality(scheme: Scheme | None, reference: Reference) -> tuple[Quality, torch.Tensor]:
+    """Quantize the weight and compare outputs for the sample; also the weight. Without a scheme, of float.
 
     Raises:
         FaultError: the outputs have another shape or dtype, or hold NaN or infinity.
     """
     if scheme is None:
-        return Quality(0.0, weight.nbytes), weight
-    quantized = scheme.quantize(weight)
-    exact = F.linear(sample, weight, bias)
-    found = F.linear(sample, quantized, bias)
+        return Quality(0.0, reference.weight.nbytes), reference.weight
+    quantized = scheme.quantize(reference.weight)
+    found = F.linear(reference.sample, quantized, reference.bias)
+    off = comparable(found, reference.output).double() - reference.output.double()
+    return Quality(_ratio(off.square().sum(), reference.size), stored_bytes(quantized)), quantized
+
+
+def quality_of_rows(scheme: Scheme, reference: Reference, stored: int) -> Quality | None:
+    """:func:`quality` from about ``_ROWS`` rows of a large weight; None if that is not enough to go by.
+
+    Args:
+        scheme: one that quantizes each row by itself, else the result is None.
+        reference: the layer.
+        stored: bytes that the whole weight takes.
+    """
+    part = reference.part if scheme.rowwise else None
+    if part is None:
+        return None
+    bias = None if reference.bias is None else reference.bias[part.rows]
+    exact = reference.output[..., part.rows]
+    found = F.linear(reference.sample, scheme.quantize(reference.weight[part.rows]), bias)
+    off = comparable(found, exact).double() - exact.double()
+    return Quality(_ratio((off.square() * part.counts).sum(), reference.size), stored)
+
+
+def comparable(found: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """``found`` if it can be compared with ``exact``; its values are looked at when they are read anyway.
+
+    Raises:
+        FaultError: it has another shape or dtype.
+    """
     if found.shape != exact.shape or found.dtype != exact.dtype:
         raise FaultError(
             f"its output is {found.dtype} {tuple(found.shape)}, not {exact.dtype} {tuple(exact.shape)}"
         )
-    if not bool(torch.isfinite(found).all()):
+    return found
+
+
+def _ratio(off: torch.Tensor, size: torch.Tensor) -> float:
+    """The root of ``off / size``; 0 where both are 0. Both are read from the device at once."""
+    wrong, whole = torch.stack([off, size]).tolist()
+    if not math.isfinite(whole):
+        raise FaultError("the layer's output in float holds NaN or infinity")
+    if not math.isfinite(wrong):
         raise FaultError("its output holds NaN or infinity")
-    return Quality(relative_error(exact, found), stored_bytes(quantized)), quantized
-
-
-def quality_of_rows(
-    scheme: Scheme, weight: torch.Tensor, sample: torch.Tensor, bias: torch.Tensor | None, stored: int
-) -> Quality | None:
-    """:func:`quality` from rows at even distances of a large ``weight``; None if that is not enough to go by.
-
-    Args:
-        scheme: one that quantizes each row by itself, else the result is None.
-        weight: ``[N, K]``.
-        sample: ``[rows, K]``.
-        bias: ``[N]`` or None.
-        stored: bytes that the whole weight takes.
-    """
-    step = len(weight) // _ROWS
-    if not scheme.rowwise or weight.numel() < _LARGE or step < 2:
-        return None
-    part = None if bias is None else bias[::step]
-    return Quality(quality(scheme, weight[::step].contiguous(), sample, part)[0].error, stored)
+    if not whole:
+        return 0.0 if wrong == 0.0 else float("inf")
+    return math.sqrt(wrong / whole)
 
 
 def relative_error(exact: torch.Tensor, found: torch.Tensor) -> float:
-    """``|found - exact| / |exact|``, Frobenius norms in float64; 0 where both are 0."""
-    off = float((found.double() - exact.double()).norm())
-    size = float(exact.double().norm())
-    return off / size if size else (0.0 if off == 0.0 else float("inf"))
+    """``|found - exact| / |exact|``, Frobenius norms in float64; 0 where both are 0.
+
+    Raises:
+        FaultError: the outputs have another shape or dtype, or ``found`` holds NaN or infinity.
+    """
+    off = comparable(found, exact).double() - exact.double()
+    return _ratio(off.square().sum(), exact.double().square().sum())
 
 
 def timed(
@@ -152,6 +226,19 @@ def digest(tensor: torch.Tensor | None) -> str:
         place = torch.arange(start + 1, start + 1 + len(part), device=flat.device) * 0x9E3779B97F4A7C1 | 1
         total += torch.stack([((part + 1) * place).sum(), ((part ^ place) * (place >> 17 | 1)).sum()])
     return hashlib.sha256(repr((tuple(tensor.shape), total.tolist())).encode()).hexdigest()[:24]
+
+
+class Digests:
+    """:func:`digest` of tensors that do not change meanwhile, each read once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[torch.Tensor, str]] = {}
+
+    def __call__(self, tensor: torch.Tensor) -> str:
+        """The tensor's digest; the tensor is held, so that no other one gets its identity."""
+        if id(tensor) not in self._known:
+            self._known[id(tensor)] = tensor, digest(tensor)
+        return self._known[id(tensor)][1]
 
 
 def explained(error: BaseException) -> str:

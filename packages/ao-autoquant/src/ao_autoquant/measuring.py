@@ -13,11 +13,12 @@ import torch
 
 from ao_autoquant import measure
 from ao_autoquant.cache import Cache
-from ao_autoquant.measure import FaultError, Quality, Time
-from ao_autoquant.modules import module_quality, module_shape, module_time, module_values
+from ao_autoquant.measure import Digests, FaultError, Quality, Time
+from ao_autoquant.modules import module_shape
 from ao_autoquant.profile import Seen
 from ao_autoquant.search import FLOAT, Option
 from ao_autoquant.sensitivity import Sensitivity
+from ao_autoquant.subject import Subject
 from ao_autoquant.worker import Worker
 from ao_core import KERNELS, AoError, ModelError, RejectedError, Scheme, fingerprint, scheme_source
 
@@ -42,11 +43,12 @@ class Faulty:
 
 
 class Measurer:
-    """Holds what one search knows. A context: its child process ends with the block.
+    """Holds what one search knows. A context: at its end the child process ends, the cache is written.
 
     Whoever it comes from, a scheme's first measurement on a shape is made in a child process; what came back
-    from there once, in this search or an earlier one, is safe to run here. So is float measured, for the two
-    to be compared.
+    from there once, in this search or an earlier one, is safe to run here: a measurement, or a refusal, after
+    which the other weights of that shape are looked at here before a child is asked. So is float measured,
+    for the two to be compared.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Measurer:
         limit_s: float,
         sensitivity: Sensitivity | None = None,
         known: Any = None,
+        digests: Digests | None = None,
     ) -> None:
+        self.digests = digests or Digests()
         self.sensitivity, self.known = sensitivity, known
         self.cache, self.compiled, self.isolate = cache, compiled, isolate
         self.faults: dict[tuple[str, str], Faulty] = {}
@@ -79,6 +83,7 @@ class Measurer:
 
     def __exit__(self, *_: object) -> None:
         self._worker.close()
+        self.cache.flush()
 
     def share(self, seen: Mapping[str, Seen]) -> None:
         """Divide the time of modules that hold several searched weights among these, by their bytes."""
@@ -94,12 +99,9 @@ class Measurer:
         self, name: str, seen: Seen, schemes: Mapping[str, Scheme], rejected: dict[str, str]
     ) -> dict[str, Option]:
         """Float and each scheme that could be measured, on one layer; reasons go into ``rejected``."""
-        weight, sample = seen.layer.weight.detach(), seen.sample
+        subject = Subject(name, seen, self.digests)
         made: dict[str, Option] = {}
         base = 0.0
-        values = {"weight": measure.digest(weight), "sample": measure.digest(sample)}
-        if seen.by_module:
-            values = module_values(seen)
         for text, scheme in {FLOAT: None, **schemes}.items():
             if text in self._broken:
                 continue
@@ -110,7 +112,7 @@ class Measurer:
                     base = whole.us / self._shares[name]
                 continue
             try:
-                quality, times, used = self._one(text, scheme, weight, sample, seen, values)
+                quality, times, used = self._one(text, scheme, subject)
                 error = self._error(name, text, scheme, seen, quality, used)
             except RejectedError as refusal:
                 rejected[text] = str(refusal)
@@ -157,30 +159,29 @@ class Measurer:
         return float(known["nats"])
 
     def _one(
-        self,
-        text: str,
-        scheme: Scheme | None,
-        weight: torch.Tensor,
-        sample: torch.Tensor,
-        seen: Seen,
-        values: Mapping[str, str],
+        self, text: str, scheme: Scheme | None, subject: Subject
     ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
         """Error, times, and the quantized weight if it was made here."""
+        seen, weight = subject.seen, subject.weight
         rows = sorted(seen.calls)
-        common = {**self._about(text, scheme, weight, seen)}
-        keys = {count: {"what": "time", "rows": count, **common, **self._versions} for count in rows}
-        quality_key = {"what": "quality", **values, **common, **self._versions}
+        common = {**self._about(text, scheme, weight, seen), **self._versions}
+        keys = {count: {"what": "time", "rows": count, **common} for count in rows}
+        quality_key = {"what": "quality", **subject.values, **common}
         times = {count: Time(**found) for count, key in keys.items() if (found := self.cache.get(key))}
         known = self.cache.get(quality_key)
         self.reused += len(times) + (known is not None)
         missing = [count for count in rows if count not in times]
         if known is not None and not missing:
             return Quality(**known), times, None
-        if seen.by_module:
-            new = self._with_module(text, scheme, weight, seen, missing)
-        else:
-            new = self._measure(text, scheme, weight, sample, seen.bias, missing)
-        quality, fresh, used = new
+        refusal = {"what": "refusal", **common}
+        if scheme is not None and self.isolate == "auto" and self.cache.get(refusal):
+            scheme.check(seen.layer.matrix)  # raises if these values are refused too
+        measure_it = self._with_module if seen.by_module else self._measure
+        try:
+            quality, fresh, used = measure_it(text, scheme, subject, missing)
+        except RejectedError as refused:
+            self.cache.put(refusal, {"reason": str(refused)})
+            raise
         self._stored[text, weight.shape, weight.dtype] = quality.bytes
         self.measured += len(fresh) + (known is None)
         self.cache.put(quality_key, measure.as_dict(quality))
@@ -189,18 +190,15 @@ class Measurer:
         return quality, times | fresh, used
 
     def _measure(
-        self,
-        text: str,
-        scheme: Scheme | None,
-        weight: torch.Tensor,
-        sample: torch.Tensor,
-        bias: torch.Tensor | None,
-        rows: list[int],
+        self, text: str, scheme: Scheme | None, subject: Subject, rows: list[int]
     ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
+        layer = subject.reference
         if self.isolate is True or (self.isolate == "auto" and rows):
             try:
                 asked = None if scheme is None else text
-                found = self._worker.measure(asked, weight, sample, bias, rows, compiled=self.compiled)
+                found = self._worker.measure(
+                    asked, layer.weight, layer.sample, layer.bias, rows, compiled=self.compiled
+                )
             except FaultError as error:
                 if scheme is not None:
                     raise
@@ -209,31 +207,31 @@ class Measurer:
                     "measure in this one."
                 ) from error
             return *found, None
-        if (
-            scheme is not None
-            and not rows
-            and (stored := self._stored.get((text, weight.shape, weight.dtype)))
-        ):
-            part = measure.quality_of_rows(scheme, weight, sample, bias, stored)
+        stored = self._stored.get((text, layer.weight.shape, layer.weight.dtype))
+        if scheme is not None and not rows and stored and self.sensitivity is None:  # nats need all rows
+            part = measure.quality_of_rows(scheme, layer, stored)
             if part is not None:
                 return part, {}, None
-        quality, used = measure.quality(scheme, weight, sample, bias)
-        return quality, {n: measure.timed(used, sample, n, bias, compiled=self.compiled) for n in rows}, used
+        quality, used = measure.quality(scheme, layer)
+        times = {
+            count: measure.timed(used, layer.sample, count, layer.bias, compiled=self.compiled)
+            for count in rows
+        }
+        return quality, times, used
 
     def _with_module(
-        self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen, rows: list[int]
+        self, text: str, scheme: Scheme | None, subject: Subject, rows: list[int]
     ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
         """Error and times by running the module; a child tries the scheme on one matrix before."""
-        layer = seen.layer
         if scheme is None:
-            quality, used = Quality(0.0, weight.nbytes), layer.weight
+            quality, used = Quality(0.0, subject.weight.nbytes), subject.seen.layer.weight
         else:
             if self.isolate is True or (self.isolate == "auto" and rows):
-                matrix = weight.flatten(0, -3)[0] if weight.ndim > 2 else weight
-                self._worker.measure(text, matrix, torch.randn_like(matrix[:8]), None, [], compiled=False)
-            used = layer.quantize(scheme)
-            quality = module_quality(layer, used, list(seen.inputs.values()))
-        return quality, {count: module_time(layer, used, seen.inputs[count]) for count in rows}, used
+                one = subject.matrix
+                self._worker.measure(text, one.weight, one.sample, None, [], compiled=False)
+            used = subject.seen.layer.quantize(scheme)
+            quality = subject.module_quality(used)
+        return quality, {count: subject.module_time(used, count) for count in rows}, used
 
     def _about(self, text: str, scheme: Scheme | None, weight: torch.Tensor, seen: Seen) -> dict[str, Any]:
         source = None if scheme is None else scheme_source(scheme)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ao_autoquant.exchange import exchanged
-from ao_autoquant.measure import FaultError, Quality, Time, digest, relative_error
+from ao_autoquant.measure import Digests, FaultError, Quality, Time, comparable, digest, relative_error
 from ao_core import Layer, stored_bytes
 from ao_core.calibrate import tensors
 
@@ -48,22 +48,16 @@ class Call:
         return found
 
 
-def module_quality(layer: Layer, weight: torch.Tensor, calls: list[Call]) -> Quality:
-    """Compare the outputs of all ``calls`` with ``weight`` in the layer to those with its own.
+def module_quality(
+    layer: Layer, weight: torch.Tensor, calls: list[Call], exact: list[torch.Tensor]
+) -> Quality:
+    """Compare the outputs of all ``calls`` with ``weight`` in the layer to ``exact``: those with its own.
 
     Raises:
         FaultError: the outputs have another shape or dtype, or hold NaN or infinity.
     """
-    exact = [call() for call in calls]
     with exchanged([(layer, weight)]):
-        found = [call() for call in calls]
-    for one, other in zip(exact, found, strict=True):
-        if one.shape != other.shape or one.dtype != other.dtype:
-            raise FaultError(
-                f"its output is {other.dtype} {tuple(other.shape)}, not {one.dtype} {tuple(one.shape)}"
-            )
-        if not bool(torch.isfinite(other).all()):
-            raise FaultError("its output holds NaN or infinity")
+        found = [comparable(call(), own) for call, own in zip(calls, exact, strict=True)]
     flat = [torch.cat([each.flatten() for each in outputs]) for outputs in (exact, found)]
     return Quality(relative_error(*flat), stored_bytes(weight))
 
@@ -81,12 +75,13 @@ def module_time(layer: Layer, weight: torch.Tensor, call: Call) -> Time:
     return Time(statistics.median(times), (times[-2] - times[1]) / 2)
 
 
-def module_values(seen: Seen) -> dict[str, str]:
+def module_values(seen: Seen, digests: Digests) -> dict[str, str]:
     """What the error depends on, as texts: the module's values and its inputs."""
     calls = list(seen.inputs.values())
-    state = [f"{name} {digest(tensor)}" for name, tensor in calls[0].module.state_dict().items()]
+    state = calls[0].module.state_dict(keep_vars=True).items()
+    values = [f"{name} {digests(tensor)}" for name, tensor in state]
     inputs = [digest(each) for call in calls for each in tensors((call.args, call.kwargs))]
-    return {"weight": digest(seen.layer.weight), "sample": _short((state, inputs))}
+    return {"weight": digests(seen.layer.weight), "sample": _short((values, inputs))}
 
 
 def module_shape(seen: Seen) -> str:

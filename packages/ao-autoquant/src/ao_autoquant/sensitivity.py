@@ -31,7 +31,7 @@ from torch import nn
 
 from ao_autoquant.exchange import exchanged
 from ao_autoquant.logits import divergence, frozen, logits_of, predictions, rows_that_count
-from ao_autoquant.measure import digest
+from ao_autoquant.measure import Digests, digest
 from ao_autoquant.modules import Call
 from ao_autoquant.profile import Seen, detached, evaluating, run
 from ao_core import Layer, OptionError
@@ -82,17 +82,28 @@ def sensitivity(
     return Divergence(model, seen, batches, source)
 
 
-def model_digest(model: nn.Module) -> str:
+def model_digest(model: nn.Module, digests: Digests | None = None) -> str:
     """A short text that changes with the model's class and values, the same on every device."""
     found = hashlib.sha256(type(model).__qualname__.encode())
+    digests = digests or Digests()
     for name, tensor in chain(model.named_parameters(), model.named_buffers()):
-        found.update(f"{name} {tensor.dtype} {digest(tensor)}".encode())
+        found.update(f"{name} {tensor.dtype} {digests(tensor)}".encode())
     return found.hexdigest()[:24]
 
 
-def source_of(model: nn.Module, measure: Measure, examples: Sequence[Any], batches: Sequence[Any]) -> str:
+def source_of(
+    model: nn.Module,
+    measure: Measure,
+    examples: Sequence[Any],
+    batches: Sequence[Any],
+    digests: Digests | None = None,
+) -> str:
     """A short text that changes with all that errors depend on, the same on every device."""
-    parts = (measure, model_digest(model), batches_digest(examples if measure == "output" else batches))
+    parts = (
+        measure,
+        model_digest(model, digests),
+        batches_digest(examples if measure == "output" else batches),
+    )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:24]
 
 
@@ -118,6 +129,7 @@ class FromGradients:
     batches: Sequence[Any]
     source: str = ""
     _held: dict[str, list[Pair]] = field(default_factory=dict)
+    _own: tuple[str, Sequence[torch.Tensor]] = ("", ())
 
     @property
     def key(self) -> Mapping[str, Any]:
@@ -138,16 +150,22 @@ class FromGradients:
             self._held = {}  # before the next are made
             batches = [batch for batch, _ in self._bounded]
             self._held = gradients(self.model, self._next(name), batches)
-        layer, total = self.seen[name].layer, 0.0
-        for pair in self._held[name]:
-            with torch.no_grad():
-                own = pair.call()
-                with exchanged([(layer, weight)]):
-                    off = pair.call().float() - own.float()  # [..., t, N]
+        layer, parts = self.seen[name].layer, [torch.zeros((), dtype=torch.float64)]
+        for pair, own in zip(self._held[name], self._outputs(name), strict=True):
+            with torch.no_grad(), exchanged([(layer, weight)]):
+                off = pair.call().float() - own.float()  # [..., t, N]
             for g in pair.gradients:
                 rows = (g.float() * off).sum(-1).double()  # [..., t]
-                total += float(segments(rows, pair.segment).square().sum()) / DRAWS
+                parts.append(segments(rows, pair.segment).square().sum() / DRAWS)
+        total = float(torch.stack([part.to(parts[-1].device) for part in parts]).sum())  # read once
         return 0.5 * total / self._rows
+
+    def _outputs(self, name: str) -> Sequence[torch.Tensor]:
+        """Of the layer's calls with its own weight, made once for all its candidates."""
+        if self._own[0] != name:
+            with torch.no_grad():
+                self._own = name, [pair.call() for pair in self._held[name]]
+        return self._own[1]
 
     def _next(self, name: str) -> dict[str, Layer]:
         """``name`` and the layers after it, as many as may be held at once."""

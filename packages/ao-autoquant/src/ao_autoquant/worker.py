@@ -1,6 +1,7 @@
 """A process that measures what is not known to work: one that hangs or crashes is ended, the search goes on.
 
-Parent and child exchange lines of JSON over pipes, and tensors in safetensors files.
+Parent and child exchange lines of JSON over pipes, and tensors in safetensors files. A weight is written and
+read once for all the candidates that are asked for in a row.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import IO, Any
 import torch
 
 from ao_autoquant import measure
-from ao_autoquant.measure import FaultError, Quality, Time
+from ao_autoquant.measure import FaultError, Quality, Reference, Time
 from ao_core import RejectedError
 
 
@@ -34,6 +35,8 @@ class Worker:
         self.limit_s = limit_s
         self._process: subprocess.Popen[str] | None = None
         self._answers: queue.Queue[str | None] = queue.Queue()
+        self._weight: tuple[object, torch.Tensor, str] | None = None
+        self._count = 0
         self._folder = tempfile.TemporaryDirectory(prefix="ao-autoquant-")
 
     def measure(
@@ -52,14 +55,11 @@ class Worker:
             RejectedError: the scheme refuses these values.
             FaultError: what the child says, or that it hung or died.
         """
-        from safetensors.torch import save_file
-
-        file = Path(self._folder.name) / "problem.safetensors"
-        tensors = {"weight": weight, "sample": sample} | ({} if bias is None else {"bias": bias})
-        save_file({name: each.detach().contiguous().cpu().clone() for name, each in tensors.items()}, file)
+        inputs = {"sample": sample} | ({} if bias is None else {"bias": bias})
         request = {
             "scheme": scheme,
-            "file": str(file),
+            "weight": self._written(weight),
+            "inputs": self._save("inputs", inputs),
             "device": str(weight.device),
             "rows": rows,
             "compiled": compiled,
@@ -68,10 +68,32 @@ class Worker:
         answer = self._ask(json.dumps(request))
         if "rejected" in answer:
             raise RejectedError(answer["rejected"])
+        if answer.get("broken"):
+            self._end()
         if "fault" in answer:
             raise FaultError(answer["fault"])
         times = {int(key): Time(**value) for key, value in answer["times"].items()}
         return Quality(**answer["quality"]), times
+
+    def _written(self, weight: torch.Tensor) -> str:
+        """The file that holds ``weight``; the one from before is taken away."""
+        mark = (weight.data_ptr(), weight._version, weight.shape, weight.stride(), weight.dtype)
+        if self._weight is None or self._weight[0] != mark:
+            if self._weight is not None:
+                with contextlib.suppress(OSError):  # Windows keeps what the child has open
+                    Path(self._weight[2]).unlink()
+            self._count += 1
+            # The weight is held, so that no other one gets its address.
+            self._weight = mark, weight, self._save(f"weight{self._count}", {"weight": weight})
+        return self._weight[2]
+
+    def _save(self, name: str, tensors: dict[str, torch.Tensor]) -> str:
+        from safetensors.torch import save_file
+
+        file = str(Path(self._folder.name) / f"{name}.safetensors")
+        held = {key: each.detach().cpu().contiguous() for key, each in tensors.items()}
+        save_file(held, file)
+        return file
 
     def close(self) -> None:
         """End the child."""
@@ -134,26 +156,54 @@ def _listen(pipe: IO[str], answers: queue.Queue[str | None]) -> None:
     answers.put(None)
 
 
-def _answer(request: dict[str, Any]) -> dict[str, Any]:
-    from safetensors.torch import load_file
+class _Files:
+    """What was read last, of the weight."""
 
+    def __init__(self) -> None:
+        self._held: tuple[str, int, torch.Tensor] | None = None
+
+    def load(self, request: dict[str, Any]) -> Reference:
+        """The layer that is asked for; a weight that a scheme has changed in place is read again."""
+        from safetensors.torch import load_file
+
+        name, device = request["weight"], request["device"]
+        if self._held is None or self._held[0] != name or self._held[2]._version != self._held[1]:
+            self._held = None  # before the next one takes as much
+            weight = load_file(name, device=device)["weight"]
+            self._held = name, weight._version, weight
+        inputs = load_file(request["inputs"], device=device)
+        return Reference(self._held[2], inputs["sample"], inputs.get("bias"))
+
+
+def _answer(request: dict[str, Any], files: _Files) -> dict[str, Any]:
     from ao_core import parse_scheme
 
     torch.set_num_threads(request["threads"])
-    tensors = load_file(request["file"], device=request["device"])
-    weight, sample, bias = tensors["weight"], tensors["sample"], tensors.get("bias")
+    layer = files.load(request)
     try:
         scheme = None if request["scheme"] is None else parse_scheme(request["scheme"])
-        found, quantized = measure.quality(scheme, weight, sample, bias)
+        found, quantized = measure.quality(scheme, layer)
         times = {
-            rows: measure.as_dict(measure.timed(quantized, sample, rows, bias, compiled=request["compiled"]))
+            rows: measure.as_dict(
+                measure.timed(quantized, layer.sample, rows, layer.bias, compiled=request["compiled"])
+            )
             for rows in request["rows"]
         }
     except RejectedError as error:
         return {"rejected": str(error)}
     except Exception as error:  # noqa: BLE001 - a stranger's code: the report names it
-        return {"fault": measure.explained(error)}
+        return {"fault": measure.explained(error), "broken": not _usable(layer.weight.device)}
     return {"quality": measure.as_dict(found), "times": times}
+
+
+def _usable(device: torch.device) -> bool:
+    """Whether the device still answers: what goes wrong in a kernel ends all that its process does there."""
+    try:
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+    except RuntimeError:
+        return False
+    return True
 
 
 def main() -> None:
@@ -162,11 +212,12 @@ def main() -> None:
     os.dup2(2, 1)  # what a scheme prints is no answer
     from ao_core import schemes
 
+    files = _Files()
     with torch.no_grad():
         schemes()
         print("ready", file=out, flush=True)
         for line in sys.stdin:
-            print(json.dumps(_answer(json.loads(line))), file=out, flush=True)
+            print(json.dumps(_answer(json.loads(line), files)), file=out, flush=True)
 
 
 if __name__ == "__main__":
