@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -14,6 +15,8 @@ from ao_autoquant import Budget, InfeasibleError, autoquant, check, explore
 from ao_autoquant.check import checked, growth, measured_loss, quantized
 from ao_autoquant.pipeline import carry_out
 from ao_autoquant.refine import refine_
+from ao_autoquant.report import findings
+from ao_autoquant.search import Totals
 
 SCHEMES = ["int8-weight-only", "uint4"]
 OPTIONS = {"schemes": SCHEMES, "error": "loss", "isolate": False}
@@ -103,12 +106,92 @@ def test_a_plan_that_costs_more_than_its_parts_is_repaired(language, monkeypatch
     assert chosen != cheapest and set(chosen.values()) != {"float"}
     assert measured_loss(model, quantized(model, chosen), held).nats <= budget.max_error
     monkeypatch.setattr(check, "ROUNDS", 1)
+    chosen, result = checked(model, wrong, **arguments)
+    assert result.kept == "int8-weight-only" and set(chosen.values()) == {"int8-weight-only"}
+    size = wrong.totals(cheapest).bytes
+    arguments["budget"] = Budget(max_error=real / 4, max_bytes=size)
     with pytest.raises(InfeasibleError, match=rf"1 were tried.*least reached is {real:.4g}"):
         checked(model, wrong, **arguments)
     monkeypatch.setattr(check, "ROUNDS", 5)
-    size = wrong.totals(cheapest).bytes
     with pytest.raises(InfeasibleError, match=r"when measured on the whole model.*Then no plan keeps to"):
-        checked(model, wrong, **{**arguments, "budget": Budget(max_error=real / 4, max_bytes=size)})
+        checked(model, wrong, **arguments)
+
+
+def lying(found, **factors):
+    """Errors of single schemes, times a factor."""
+    return replace(
+        found,
+        options={
+            layer: {
+                name: replace(each, error=each.error * factors.get(name.replace("-", "_"), 1))
+                for name, each in options.items()
+            }
+            for layer, options in found.options.items()
+        },
+    )
+
+
+def test_a_checked_plan_is_no_worse_than_a_uniform_scheme_that_fits(language):
+    """The parts say that uint4 costs nothing and int8 much: measured, it is the other way round."""
+    model, held = language
+    found = explore(model, held[0], **OPTIONS)
+    wrong = lying(found, uint4=1e-6, int8_weight_only=1e6, float=1)
+    uniform = found.uniform()
+    size = found.totals(uniform["int8-weight-only"]).bytes
+    budget = Budget(max_bytes=size)
+    assert wrong.choose("error", budget) == uniform["uint4"]
+    outcome = carry_out(model, wrong, held[0], objective="error", budget=budget, check=True, held=held[1:])
+    real = {name: reference(model, each, held[1:])[0].mean().item() for name, each in uniform.items()}
+    evidence = outcome.plan.evidence["check"]
+    assert outcome.chosen == uniform["int8-weight-only"] and evidence["kept"] == "int8-weight-only"
+    assert set(evidence["uniform"]) == {"int8-weight-only"}  # uint4 is the plan, and float is too large
+    assert evidence["uniform"]["int8-weight-only"][1] == pytest.approx(real["int8-weight-only"], abs=2e-5)
+    assert evidence["loss"]["nll"] == evidence["uniform"]["int8-weight-only"][1] < evidence["tried"][0][1]
+    assert any("int8-weight-only on all layers was kept" in line for line in findings(outcome.plan))
+    honest = carry_out(
+        model, found, held[0], objective="error", budget=budget, check=True, held=held[1:]
+    ).plan.evidence["check"]
+    assert all(honest["loss"]["nll"] <= real for _, real in honest["uniform"].values())
+
+
+def test_a_uniform_scheme_that_the_parts_forbid_may_be_faster(language):
+    """max_error is kept when measured, and the parts say that int8 breaks it."""
+    model, held = language
+    found = explore(model, held[0], **OPTIONS)
+    wrong = lying(found, uint4=1e6, int8_weight_only=1e6)
+    budget = Budget(max_error=0.05)
+    assert set(wrong.choose("bytes", budget).values()) == {"float"}
+    arguments = {
+        "objective": "bytes", "budget": budget, "held": held[1:], "examples": held[:1], "counts": [1],
+    }  # fmt: skip
+    chosen, result = checked(model, wrong, together=(), **arguments)
+    costs = {
+        name: reference(model, each, held[1:])[0].mean().item() for name, each in wrong.uniform().items()
+    }
+    fit = [name for name, cost in costs.items() if cost <= 0.05]
+    best = min(fit, key=lambda name: wrong.totals(wrong.uniform()[name]).bytes)
+    assert best != "float" and result.kept == best and chosen == wrong.uniform()[best]
+    group = [["body", "head"], ["embed", "body"]]
+    assert checked(model, wrong, together=group, **arguments)[1].kept == best
+    lone = replace(wrong, options={
+        layer: {name: each for name, each in options.items() if layer != "head" or name != best}
+        for layer, options in wrong.options.items()
+    }, rejected={"head": {best: "no"}})  # fmt: skip
+    assert best not in checked(model, lone, together=group, **arguments)[1].uniform
+    plan = lone.plan_for(lone.uniform()[best], uniform=best)
+    assert plan.layers["head"].reason.endswith("does not fit here: no")
+
+
+@pytest.mark.parametrize(
+    ("limit", "fits"),
+    [
+        ({}, True), ({"max_error": 2}, True), ({"max_error": 1.9}, False), ({"max_bytes": 9}, False),
+        ({"max_bytes": 10}, True), ({"max_latency": 4}, False), ({"max_latency": 5}, True),
+        ({"min_speedup": 2}, True), ({"min_speedup": 2.1}, False),
+    ],
+)  # fmt: skip
+def test_what_a_budget_allows(limit, fits):
+    assert Budget(**limit).allows(Totals(us=5, bytes=10, error=2), float_us=10) is fits
 
 
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,15 +14,17 @@ from torch import nn
 from ao_autoquant.exchange import exchanged
 from ao_autoquant.logits import divergence, next_token_nll, predictions, rows_that_count
 from ao_autoquant.profile import evaluating, run
-from ao_autoquant.search import FLOAT, Budget, InfeasibleError, Objective
+from ao_autoquant.search import FLOAT, Budget, InfeasibleError, Objective, cost, groups_of
 from ao_core import Layer, find_layers, parse_scheme
 
 if TYPE_CHECKING:
     from ao_autoquant.exploration import Exploration
 
 ROUNDS = 5
+PLAN = "plan"
 _ASIDE = 0.97  # of the error that the last plan's measure leads to: two plans are not off by the same factor
 _RUNS = 3
+_EQUAL = 1e-4  # the solver goes no closer
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,9 @@ class Checked:
         loss: measured.
         float_s: seconds of one run of the examples in float, the best of several.
         plan_s: the same along the plan.
-        tried: predicted and measured nats of each plan that was tried; the last is this one.
+        tried: predicted and measured nats of each plan that the solver gave; the last is the one that stayed.
+        uniform: scheme → predicted and measured nats, of the uniform schemes that fit as well.
+        kept: ``"plan"``, or the uniform scheme that was better when measured.
     """
 
     predicted: float
@@ -64,6 +68,8 @@ class Checked:
     float_s: float
     plan_s: float
     tried: list[tuple[float, float]]
+    uniform: dict[str, tuple[float, float]] = field(default_factory=dict)
+    kept: str = PLAN
 
 
 Weights = Sequence[tuple[Layer, torch.Tensor]]
@@ -86,6 +92,9 @@ def checked(
     that factor, up to ``ROUNDS`` times. Relative output errors can't be compared with what a model loses:
     with these the first plan is measured, and stays.
 
+    Then the uniform schemes that fit the budget are measured, as far as they could be better: all of them
+    with the objective ``"error"``, else those that make the objective no larger. The best one is kept.
+
     Args:
         model: unchanged afterwards, also where this raises or is interrupted.
         found: what was measured on it.
@@ -102,6 +111,64 @@ def checked(
     """
     limit = budget.max_error if found.additive else None
     tried: list[tuple[float, float]] = []
+
+    def measure(chosen: Mapping[str, str]) -> Loss:
+        with torch.no_grad():
+            return measured_loss(model, quantized(model, chosen), held)
+
+    best, failure = None, None
+    try:
+        best = _planned(found, measure, objective, budget, together, limit, tried)
+    except InfeasibleError as error:
+        failure = error
+    uniform: dict[str, tuple[float, float]] = {}
+    for scheme, chosen in _alternatives(found, objective, budget, together, best).items():
+        loss = measure(chosen)
+        uniform[scheme] = found.totals(chosen).error, loss.nats
+        other = _Measured(scheme, chosen, loss, cost(found.options, chosen, objective))
+        if (limit is None or loss.nats <= limit) and (best is None or other.better(best, objective)):
+            best = other
+    if best is None:
+        assert failure is not None
+        if not uniform:
+            raise failure
+        said = ", ".join(f"{name} {real:.4g}" for name, (_, real) in uniform.items())
+        raise InfeasibleError(
+            f"{failure} Uniform schemes that fit otherwise cost, in nats: {said}."
+        ) from failure
+    with torch.no_grad():
+        weights = quantized(model, best.chosen)
+    before, after = (seconds(model, each, examples, counts) for each in ([], weights))
+    predicted = found.totals(best.chosen).error
+    return best.chosen, Checked(predicted, best.loss, before, after, tried, uniform, best.name)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """A choice on the model; ``cost``: what it makes of the objective."""
+
+    name: str
+    chosen: dict[str, str]
+    loss: Loss
+    cost: float
+
+    def better(self, other: _Measured, objective: Objective) -> bool:
+        """Whether it is to be preferred; both keep to the limits."""
+        if objective != "error" and abs(self.cost - other.cost) > _EQUAL * abs(other.cost):
+            return self.cost < other.cost
+        return self.loss.nats < other.loss.nats
+
+
+def _planned(
+    found: Exploration,
+    measure: Callable[[Mapping[str, str]], Loss],
+    objective: Objective,
+    budget: Budget,
+    together: Sequence[Sequence[str]],
+    limit: float | None,
+    tried: list[tuple[float, float]],
+) -> _Measured:
+    """The solver's plan that keeps to ``limit``; what was measured is added to ``tried``."""
     scaled = budget
     for _ in range(ROUNDS):
         try:
@@ -110,16 +177,37 @@ def checked(
             if not tried:
                 raise
             raise InfeasibleError(f"{_reached(limit, tried)} Then {error}") from error
-        predicted = found.totals(chosen).error
-        with torch.no_grad():
-            weights = quantized(model, chosen)
-        loss = measured_loss(model, weights, held)
+        predicted, loss = found.totals(chosen).error, measure(chosen)
         tried.append((predicted, loss.nats))
         if limit is None or loss.nats <= limit:
-            before, after = (seconds(model, each, examples, counts) for each in ([], weights))
-            return chosen, Checked(predicted, loss, before, after, tried)
+            return _Measured(PLAN, chosen, loss, cost(found.options, chosen, objective))
         scaled = replace(budget, max_error=min(predicted, limit) * limit / loss.nats * _ASIDE)
     raise InfeasibleError(f"{_reached(limit, tried)} Allow more, or install more schemes.")
+
+
+def _alternatives(
+    found: Exploration,
+    objective: Objective,
+    budget: Budget,
+    together: Sequence[Sequence[str]],
+    best: _Measured | None,
+) -> dict[str, dict[str, str]]:
+    """Uniform schemes that might be better, and fit the budget but for an error in nats: that is measured."""
+    base = found.totals(dict.fromkeys(found.options, FLOAT)).us
+    kept = budget if not found.additive else replace(budget, max_error=None)
+    groups = groups_of(found.options, together)
+    return {
+        scheme: chosen
+        for scheme, chosen in found.uniform().items()
+        if kept.allows(found.totals(chosen), base)
+        and all(len({chosen[layer] for layer in group}) == 1 for group in groups)
+        and (best is None or chosen != best.chosen)
+        and (best is None or objective == "error" or _no_larger(found, chosen, objective, best))
+    }
+
+
+def _no_larger(found: Exploration, chosen: Mapping[str, str], objective: Objective, best: _Measured) -> bool:
+    return cost(found.options, chosen, objective) <= best.cost * (1 + _EQUAL)
 
 
 def quantized(model: nn.Module, chosen: Mapping[str, str]) -> Weights:

@@ -6,8 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from fnmatch import fnmatchcase
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +18,7 @@ from ao_autoquant.known import FORMAT, known_from, load
 from ao_autoquant.measure import Digests
 from ao_autoquant.measuring import Faulty, Measurer
 from ao_autoquant.profile import Profile, as_examples, profile
-from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, solve, totals
+from ao_autoquant.search import FLOAT, Budget, Objective, Option, Totals, groups_of, solve, totals
 from ao_autoquant.sensitivity import Measure, Sensitivity, checked_measure, sensitivity, source_of
 from ao_core import Choice, Plan, PlanError, fingerprint, model_bytes, parse_scheme, propose, reporting
 
@@ -73,7 +72,7 @@ class Exploration:
             objective=objective,
             budget=budget,
             other_bytes=self.other_bytes,
-            together=_groups(self.options, together),
+            together=groups_of(self.options, together),
             additive=self.additive,
         )
 
@@ -107,12 +106,26 @@ class Exploration:
         """
         return self.plan_for(self.choose(objective, budget, together), objective)
 
-    def plan_for(self, chosen: Mapping[str, str], objective: str = "latency") -> Plan:
-        """The plan that gives each layer the chosen candidate, with what was measured."""
+    def plan_for(
+        self, chosen: Mapping[str, str], objective: str = "latency", *, uniform: str | None = None
+    ) -> Plan:
+        """The plan that gives each layer the chosen candidate, with what was measured.
+
+        ``uniform``: the scheme that all layers get that take it, which is then why others are float.
+        """
         layers = {name: Choice(None, reason=reason) for name, reason in self.left.items()}
         for layer, name in chosen.items():
             layers[layer] = self._choice(layer, name, objective)
+            if uniform is not None and name == FLOAT:
+                layers[layer] = replace(layers[layer], reason=self._why_not(layer, uniform))
         return Plan(layers, self.fingerprint)
+
+    def _why_not(self, layer: str, uniform: str) -> str:
+        """Why a layer is float where all others get one scheme."""
+        if uniform == FLOAT:
+            return "float was best when measured on the whole model"
+        why = self.rejected.get(layer, {}).get(uniform, "it could not be measured on this layer")
+        return f"{uniform} was best when measured on the whole model, and does not fit here: {why}"
 
     def _choice(self, layer: str, name: str, objective: str) -> Choice:
         options = self.options[layer]
@@ -286,16 +299,6 @@ def _rejects(layer: Any, scheme: Any) -> str | None:
 def _fingerprint(model: nn.Module) -> dict[str, str]:
     first = next(model.parameters(), None)
     return fingerprint("cpu" if first is None else first.device)
-
-
-def _groups(names: Mapping[str, Any], together: Sequence[Sequence[str]]) -> list[list[str]]:
-    """Layers that the patterns of a group match, by what they have in common: the parent's name."""
-    found: dict[tuple[int, str], list[str]] = {}
-    for number, patterns in enumerate(together):
-        for name in names:
-            if any(fnmatchcase(name, pattern) for pattern in patterns):
-                found.setdefault((number, name.rpartition(".")[0]), []).append(name)
-    return list(found.values())
 
 
 def _why_float(others: Mapping[str, Option], base: Option, objective: str) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from ao_autoquant.check import Checked, checked, growth, token_losses
+from ao_autoquant.check import PLAN, Checked, checked, growth, token_losses
 from ao_autoquant.exploration import Exploration, explore
 from ao_autoquant.profile import as_examples, example_weights
 from ao_autoquant.refine import algorithms_of, refine_
@@ -67,7 +67,8 @@ def autoquant(
         together: groups of patterns whose layers get the same scheme, such as
             ``[["*.q_proj", "*.k_proj", "*.v_proj"]]``.
         check: measure the plan on the whole model. If it costs more nats than ``max_error``, others are
-            chosen until one keeps to it. What was predicted and measured is in the plan's ``evidence``.
+            chosen until one keeps to it. Uniform schemes that fit and could be better are measured too, and
+            the best one is kept. What was predicted and measured is in the plan's ``evidence``.
         held: inputs to check on, better others than the search saw; by default ``calibration``, else the
             examples.
         refine: algorithms that carry the plan out with data, such as ``"gptq"``, as for
@@ -123,7 +124,8 @@ def carry_out(
         )  # fmt: skip
     else:
         chosen = found.choose(objective, budget, together)
-    plan = found.plan_for(chosen, objective)
+    uniform = None if result is None or result.kept == PLAN else result.kept
+    plan = found.plan_for(chosen, objective, uniform=uniform)
     if result is not None:
         plan = replace(plan, evidence={"error_measure": found.measure, "check": asdict(result)})
     converts = any(choice.scheme for choice in plan.layers.values())

@@ -13,6 +13,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ao_autoquant.check import PLAN
 from ao_autoquant.search import FLOAT, Budget, Totals
 
 if TYPE_CHECKING:
@@ -82,13 +83,28 @@ def findings(plan: Plan | None) -> list[str]:
             f"on the whole model the plan costs {loss['kl']:.4f} nats of KL{nll}{predicted}; a run takes "
             f"{check['plan_s']:.4g} s, and {check['float_s']:.4g} s in float"
         )
-        if len(tried := check["tried"]) > 1:
+        if len(tried := check["tried"]) > 1 and check["kept"] == PLAN:
             costs = ", ".join(f"{real:.4g} (parts {parts:.4g})" for parts, real in tried)
             said.append(f"{len(tried)} plans were tried until one kept to max_error; they cost {costs} nats")
+        said += _beside(check)
     if (refined := plan.evidence.get("refined")) and refined["nll"] is not None:
         said.append(f"refined, it costs {refined['nll']:+.4f} nats of the next token's loss")
     reasons = Counter(rounded(plan).values())
     return said + [f"{count} layers were not refined, but {why}" for why, count in reasons.items()]
+
+
+def _beside(check: Mapping[str, Any]) -> list[str]:
+    """What came of the uniform schemes that fit as well."""
+    costs = ", ".join(f"{name} {real:.4g}" for name, (_, real) in check["uniform"].items())
+    if check["kept"] == PLAN:
+        said = "uniform schemes that fit as well were measured, and are no better"
+        return [f"{said}: {costs} nats"] if costs else []
+    tried = ", ".join(f"{real:.4g} (parts {parts:.4g})" for parts, real in check["tried"])
+    said = (
+        f"{check['kept']} on all layers was kept: measured on the whole model it is better than what the "
+        f"parts let choose, which costs {tried or 'nothing: none fits'}; uniform schemes cost {costs} nats"
+    )
+    return [said]
 
 
 def show(found: Exploration, chosen: Mapping[str, str], plan: Plan | None = None) -> None:

@@ -11,6 +11,7 @@ import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from typing import Literal, get_args
 
 import numpy as np
@@ -83,6 +84,17 @@ class Budget:
             if wrong or (value is not None and (value < 0 or (value == 0 and name != "max_error"))):
                 raise OptionError(f"{name} must be a positive number or None, and {value!r} was given.")
 
+    def allows(self, sums: Totals, float_us: float) -> bool:
+        """Whether a choice that comes to ``sums`` keeps to it; ``float_us``: of the layers in float."""
+        speed = None if self.min_speedup is None else float_us / self.min_speedup
+        limits = [
+            (self.max_error, sums.error),
+            (self.max_bytes, sums.bytes),
+            (self.max_latency, sums.us),
+            (speed, sums.us),
+        ]
+        return all(most is None or found <= most for most, found in limits)
+
 
 Options = Mapping[str, Mapping[str, Option]]
 """Layer → candidate → what was measured; each layer has ``"float"``."""
@@ -115,6 +127,27 @@ def totals(
         squares = math.fsum(each.error**2 for each in picked)
         error = math.sqrt(squares / len(picked)) if picked else 0.0
     return Totals(math.fsum(each.us for each in picked), sum(p.bytes for p in picked) + other_bytes, error)
+
+
+def cost(options: Options, chosen: Mapping[str, str], objective: Objective) -> float:
+    """What ``chosen`` makes of the objective; of latency with the spreads, see :func:`solve`."""
+    return math.fsum(_costs(options, layer, name)[objective] for layer, name in chosen.items())
+
+
+def _costs(options: Options, layer: str, name: str) -> dict[Objective, float]:
+    mine, base = options[layer][name], options[layer][FLOAT]
+    noise = 0.0 if name == FLOAT else mine.spread + base.spread
+    return {"latency": mine.us + noise, "bytes": float(mine.bytes), "error": mine.error}
+
+
+def groups_of(options: Options, together: Sequence[Sequence[str]]) -> list[list[str]]:
+    """Layers that the patterns of a group match, by what they have in common: the parent's name."""
+    found: dict[tuple[int, str], list[str]] = {}
+    for number, patterns in enumerate(together):
+        for name in options:
+            if any(fnmatchcase(name, pattern) for pattern in patterns):
+                found.setdefault((number, name.rpartition(".")[0]), []).append(name)
+    return list(found.values())
 
 
 def solve(
@@ -163,22 +196,17 @@ class _Problem:
         self.pairs = [(layer, name) for layer, each in options.items() for name in each]
         self.options, self.other_bytes = options, other_bytes
         flat = [options[layer][name] for layer, name in self.pairs]
-        base = {layer: each[FLOAT] for layer, each in options.items()}
-        noise = [
-            0.0 if name == FLOAT else options[layer][name].spread + base[layer].spread
-            for layer, name in self.pairs
-        ]
         self.costs = {
             "us": np.array([each.us for each in flat]),
             "bytes": np.array([float(each.bytes) for each in flat]),
             "error": np.array([each.error if additive else each.error**2 for each in flat]),
         }
         self.objectives = {
-            "latency": self.costs["us"] + np.array(noise),
+            "latency": np.array([_costs(options, layer, name)["latency"] for layer, name in self.pairs]),
             "bytes": self.costs["bytes"],
             "error": self.costs["error"],
         }
-        self.float_us = math.fsum(each.us for each in base.values())
+        self.float_us = math.fsum(each[FLOAT].us for each in options.values())
         self.rows = self._one_each() + self._equal(together)
 
     def limits(self, budget: Budget) -> dict[str, tuple[str, float]]:
