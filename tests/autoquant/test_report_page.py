@@ -12,16 +12,17 @@ import pytest
 import torch
 from torch import nn
 
-from ao_autoquant import Budget, explore, report
+from ao_autoquant import Budget, explore, pareto, report
 from ao_autoquant.pipeline import carry_out
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 WIDTH, HEIGHT = 1200, 1600
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(BROWSER is None, reason="no chromium is on PATH to render the page: install chromium"),
-]
+
+def rendered(test):
+    """Asks for a browser, and takes a while."""
+    why = "no chromium is on PATH to render the page: install chromium"
+    return pytest.mark.slow(pytest.mark.skipif(BROWSER is None, reason=why)(test))
 
 
 @pytest.fixture(scope="module")
@@ -81,6 +82,7 @@ def pixels(data: bytes) -> tuple[int, int, list[bytes]]:
     return width, height, [raw[start + 1 : start + stride] for start in range(0, len(raw), stride)]
 
 
+@rendered
 def test_the_picture_is_not_blank(page, tmp_path):
     file, *_ = page
     shot = tmp_path / "page.png"
@@ -91,6 +93,7 @@ def test_the_picture_is_not_blank(page, tmp_path):
     assert len(drawn) > HEIGHT / 5 and drawn[0] < 100  # lines of text and the plot, from the top on
 
 
+@rendered
 def test_the_page_holds_layers_reasons_and_the_plot(page, tmp_path):
     file, found, outcome = page
     dom = browse(file, tmp_path, "--dump-dom")
@@ -105,3 +108,23 @@ def test_the_page_holds_layers_reasons_and_the_plot(page, tmp_path):
     for scheme in found.uniform():
         assert scheme in plot
     assert "nats" in plot and "the plan" in plot
+
+
+def test_labels_of_points_that_lie_close_cover_no_other():
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 5.6))
+    canvas, axes = FigureCanvasAgg(figure), figure.add_subplot()
+    axes.set(xlim=(0, 10), ylim=(0, 10))
+    points = {f"int4-weight-only:group_size={n}": (5 + 0.1 * n, 5 + 0.03 * (n % 3)) for n in range(9)}
+    pareto._label(axes, canvas.get_renderer(), points, (5.2, 4.9))
+    canvas.draw()
+    boxes = [pareto._text_box(note, canvas.get_renderer()) for note in axes.texts]
+    assert [note.get_text() for note in axes.texts] == sorted(
+        points, key=lambda name: (points[name][1], name)
+    )
+    for number, box in enumerate(boxes):
+        assert axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and axes.bbox.y0 <= box.y0
+        assert not any(box.overlaps(other) for other in boxes[:number])
+        assert not any(box.contains(*axes.transData.transform(point)) for point in points.values())

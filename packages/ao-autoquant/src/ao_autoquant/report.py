@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import os
 import re
@@ -14,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ao_autoquant.check import PLAN
+from ao_autoquant.pareto import pareto
 from ao_autoquant.search import FLOAT, Budget, Totals
 
 if TYPE_CHECKING:
@@ -21,14 +21,23 @@ if TYPE_CHECKING:
     from ao_core import Plan
 
 _STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem }
+body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 1300px; padding: 0 1rem }
 h1 { font-size: 1.5rem } h2 { font-size: 1.15rem; margin-top: 2.2rem }
 table { border-collapse: collapse; font-size: 13px }
 th, td { padding: 3px 10px; text-align: left; border-bottom: 1px solid #e4e4e4 }
+th.number, td.number { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }
 tr.chosen td { font-weight: 600; background: #eef6ee }
-div.wide { overflow-x: auto } svg { max-width: 100%; height: auto } p.note { color: #555 }
-td.cell { text-align: right; font-variant-numeric: tabular-nums }
+div.wide { overflow-x: auto } svg { max-width: 100%; height: auto }
+p { max-width: 75em } p.note { color: #555 }
+div.heat { overflow: auto; max-height: 90vh }
+div.heat table { border-collapse: separate; border-spacing: 0 }
+div.heat th { position: sticky; top: 0; background: #fff; z-index: 1; vertical-align: bottom }
+div.heat th.number { white-space: normal; max-width: 7.5em; padding: 3px 6px }
+div.heat td:first-child, div.heat th:first-child { position: sticky; left: 0; background: #fff }
+div.heat th:first-child { z-index: 2 }
+td.cell { text-align: right; font-variant-numeric: tabular-nums; padding: 3px 6px }
 td.best { outline: 2px solid #1a1a1a; outline-offset: -2px }
+span.key { padding: 1px 8px; margin-right: 3px; border: 1px solid #ccc } small { font-size: 11px }
 """
 _UNITS = (
     "<p class=note>µs of the searched layers for one run of the examples; MB of the whole model; error: "
@@ -81,7 +90,7 @@ def findings(plan: Plan | None) -> list[str]:
         predicted = f"; its parts sum up to {check['predicted']:.4f} nats" if nats else ""
         said.append(
             f"on the whole model the plan costs {loss['kl']:.4f} nats of KL{nll}{predicted}; a run takes "
-            f"{check['plan_s']:.4g} s, and {check['float_s']:.4g} s in float"
+            f"{1e3 * check['plan_s']:.3g} ms, and {1e3 * check['float_s']:.3g} ms in float"
         )
         if len(tried := check["tried"]) > 1 and check["kept"] == PLAN:
             costs = ", ".join(f"{real:.4g} (parts {parts:.4g})" for parts, real in tried)
@@ -154,15 +163,16 @@ def html(
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(asked)}. Chosen: {escape(verdict)}.</p>",
         "<h2>Totals</h2>",
-        _table(("", "layers", "µs", "speed-up", "MB", "error"), rows, chosen_first=True),
+        _table(("", "layers", "µs", "speed-up", "MB", _unit(found)), rows, chosen_first=True, numbers=5),
         _UNITS.format(_ERRORS[found.measure]),
-        *(f"<p>{escape(line)}.</p>" for line in findings(plan)),
-        f"<h2>Time against error</h2>{_pareto(found, chosen)}",
+        *(f"<p>{escape(line[0].upper() + line[1:])}.</p>" for line in findings(plan)),
+        f"<h2>Time against error</h2>{pareto(found, chosen)}",
         f"<h2>Layers by schemes</h2>{_heat(found, chosen)}",
+        f"<h2>Layers that stay float</h2>{_float_reasons(chosen, plan)}",
         "<h2>Layers left alone</h2>",
         _table(("layer", "why"), list(found.left.items())) if found.left else "<p>None.</p>",
         "<h2>Schemes that do not fit a layer</h2>",
-        _table(("scheme", "why", "layers"), _rejections(found))
+        _table(("scheme", "why", "layers"), _rejections(found), numbers=1)
         if any(found.rejected.values())
         else "<p>None.</p>",
         "<h2>Faults</h2>",
@@ -193,42 +203,18 @@ def _totals(found: Exploration, chosen: Mapping[str, str]) -> Iterable[tuple[str
     def cells(each: Mapping[str, str], sums: Totals) -> list[str]:
         count = sum(name != FLOAT for name in each.values())
         speed = base.us / sums.us if sums.us else 1.0
-        return [str(count), f"{sums.us:.1f}", f"{speed:.2f}", f"{sums.bytes / 1e6:.1f}", f"{sums.error:.4f}"]
+        time = f"{sums.us:.1f}" if sums.us < 1e4 else f"{sums.us:,.0f}"
+        return [str(count), time, f"{speed:.2f}", f"{sums.bytes / 1e6:.1f}", f"{sums.error:.4f}"]
 
     yield "plan", cells(chosen, found.totals(chosen))
     for name, each in sorted(uniform.items(), key=lambda item: found.totals(item[1]).us):
         yield name, cells(each, found.totals(each))
 
 
-def _pareto(found: Exploration, chosen: Mapping[str, str]) -> str:
-    """Time against error of each uniform scheme and of the plan, as inline SVG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 4.6), layout="constrained")
-    axes = figure.add_subplot()
-    for name, each in found.uniform().items():
-        sums = found.totals(each)
-        axes.plot([sums.error], [sums.us], "o", color="#7a8aa0", markersize=6)
-        axes.annotate(name, (sums.error, sums.us), xytext=(5, 4), textcoords="offset points", fontsize=8)
-    sums = found.totals(chosen)
-    axes.plot([sums.error], [sums.us], "*", color="#c0392b", markersize=15, label="the plan")
-    axes.set(
-        xlabel="error, nats" if found.additive else "error, relative", ylabel="µs of the searched layers"
-    )
-    axes.set_xscale("symlog", linthresh=1e-3)
-    axes.set_ylim(bottom=0)
-    axes.legend()
-    axes.grid(alpha=0.25)
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata={"Date": None})
-    drawn = buffer.getvalue()
-    return drawn[drawn.index("<svg") :]
-
-
 def _heat(found: Exploration, chosen: Mapping[str, str]) -> str:
     """A row for each layer, a column for each scheme: times as fast as float, coloured; the error below."""
     names = [FLOAT, *sorted({name for each in found.options.values() for name in each} - {FLOAT})]
-    lines = ["".join(f"<th>{escape(name)}</th>" for name in ("layer", *names))]
+    lines = ["<th>layer</th>" + "".join(f"<th class=number>{_breakable(name)}</th>" for name in names)]
     for layer, options in found.options.items():
         cells = [f"<td>{escape(layer)}</td>"]
         for name in names:
@@ -246,8 +232,31 @@ def _heat(found: Exploration, chosen: Mapping[str, str]) -> str:
             )
         lines.append("".join(cells))
     body = "".join(f"<tr>{line}</tr>" for line in lines)
-    note = "<p class=note>Times as fast as float; below it the error. The framed scheme is chosen.</p>"
-    return f"<div class=wide><table>{body}</table></div>{note}"
+    keys = "".join(
+        f'<span class=key style="background:{_colour(ratio)}">{ratio:g}×</span>'
+        for ratio in (0.25, 0.5, 1, 2, 4)
+    )
+    unit = "nats for a row of logits" if found.additive else "relative to the layer's output"
+    note = (
+        f"<p class=note>Upper number: times as fast as float, {keys}. Lower number: the error, {unit}. The "
+        "framed scheme is chosen. –: it does not fit, or failed. Hover for µs and bytes.</p>"
+    )
+    return f"{note}<div class=heat><table>{body}</table></div>"
+
+
+def _breakable(name: str) -> str:
+    """A scheme's text that may be broken after its marks."""
+    return re.sub(r"([:,_=])", r"\1<wbr>", escape(name))
+
+
+def _float_reasons(chosen: Mapping[str, str], plan: Plan | None) -> str:
+    """Why searched layers stay float."""
+    rows = [
+        (layer, plan.layers[layer].reason or "")
+        for layer, name in chosen.items()
+        if name == FLOAT and plan is not None and layer in plan.layers
+    ]
+    return _table(("layer", "why"), rows) if rows else "<p>None.</p>"
 
 
 def _colour(ratio: float) -> str:
@@ -270,10 +279,19 @@ def _faults(found: Exploration) -> list[tuple[str, ...]]:
     return rows + [("", plugin, "", reason) for plugin, reason in found.proposals.items()]
 
 
-def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, chosen_first: bool = False) -> str:
-    head = "".join(f"<th>{escape(column)}</th>" for column in columns)
+def _unit(found: Exploration) -> str:
+    return "error (nats)" if found.additive else "error (relative)"
+
+
+def _table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], *, chosen_first: bool = False, numbers: int = 0
+) -> str:
+    """Rows below ``columns``, of which the last ``numbers`` hold numbers."""
+    kinds = [""] * (len(columns) - numbers) + [" class=number"] * numbers
+    head = "".join(f"<th{kind}>{escape(column)}</th>" for kind, column in zip(kinds, columns, strict=True))
     body = ""
     for number, row in enumerate(rows):
         mark = " class=chosen" if chosen_first and number == 0 else ""
-        body += f"<tr{mark}>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in row) + "</tr>"
+        cells = zip(kinds, row, strict=True)
+        body += f"<tr{mark}>" + "".join(f"<td{k}>{escape(str(cell))}</td>" for k, cell in cells) + "</tr>"
     return f"<div class=wide><table><tr>{head}</tr>{body}</table></div>"
