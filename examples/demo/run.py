@@ -1,8 +1,9 @@
-"""The demo: a real language model, quantized with every installed scheme, and what each costs.
+"""The demo: a real language model, and for each of its layers the scheme that autoquant chooses.
 
-Loads SmolLM2-135M-Instruct, measures it in float, quantizes it with every scheme that is installed
-(the ternary example's too), shows a table, saves the best, loads it in a fresh process, compares the
-perplexity to the last digit, and lets it write a sentence.
+Loads SmolLM2-135M-Instruct, measures it in float and with a few schemes on all layers, searches the smallest
+plan whose measured loss grows by a given amount at most, shows a table, saves the converted model beside the
+plan and an HTML report, loads it in a fresh process, compares the perplexity to the last digit, and lets it
+write a sentence. With ``--results`` every installed scheme is measured (the ternary example's too).
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,8 +26,11 @@ from reparametrize import reparametrize_
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from search import SCHEMES, Search, search_
 
 import ao_core as ao
+from ao_autoquant import Budget
+from ao_autoquant.report import findings, html
 from ao_core import metrics
 
 console = Console(highlight=False)
@@ -46,12 +51,16 @@ class Result:
 
 
 def main(
-    out: Annotated[Path, typer.Option(help="Where to save the best model.")] = Path("smollm2-ao"),
+    out: Annotated[Path, typer.Option(help="Where to save the model, its plan and report.")] = Path(
+        "smollm2-ao"
+    ),
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    max_delta: Annotated[float, typer.Option(help="NLL that the best may lose.")] = 0.05,
-    results: Annotated[Path | None, typer.Option(help="Write the numbers here, as JSON.")] = None,
+    max_error: Annotated[float, typer.Option(help="Nats a token that the plan may lose.")] = 0.05,
+    results: Annotated[
+        Path | None, typer.Option(help="Measure every installed scheme, and write the numbers here, as JSON.")
+    ] = None,
 ) -> None:
-    """Quantize SmolLM2 with every installed scheme and show what each costs."""
+    """Search the best plan for SmolLM2, beside a few uniform schemes, and show what each costs."""
     torch.set_num_threads(min(2, torch.get_num_threads()))
     start = time.perf_counter()
     with _progress() as bar:
@@ -61,10 +70,9 @@ def main(
         model = loaded.model
         text = wiki_text("evaluation")
         tokens = torch.tensor(loaded.tokenizer(text[: TOKENS * 8], verbose=False)["input_ids"][:TOKENS])
-        names = list(ao.schemes())
+        names = list(ao.schemes()) if results else list(SCHEMES)
         bar.update(step, total=(1 + len(names)) * (TOKENS // CONTEXT), completed=0)
         rows = [_measure("float", model, None, tokens, bar, step)]
-        best: tuple[Result, Any] | None = None
         refused: dict[str, str] = {}
         for name in names:
             quantized = copy.deepcopy(model)
@@ -74,24 +82,52 @@ def main(
                 refused[name] = str(error)
                 bar.advance(step, TOKENS // CONTEXT)
                 continue
-            row = _measure(name, quantized, report, tokens, bar, step)
-            row.delta = metrics.delta_nll(rows[0].score, row.score)
-            rows.append(row)
-            if row.delta.mean <= max_delta and (best is None or _better(row, best[0])):
-                best = (row, quantized)
-    _show(rows, dtype)
+            rows.append(_measure(name, quantized, report, tokens, bar, step))
+            rows[-1].delta = metrics.delta_nll(rows[0].score, rows[-1].score)
+            del quantized
+    searched = time.perf_counter()
+    search = search_(model, loaded.tokenizer, max_error)
+    searched = time.perf_counter() - searched
+    with _progress() as bar:
+        plan = _measure("the plan", model, None, tokens, bar, bar.add_task("", total=TOKENS // CONTEXT))
+    plan.delta = metrics.delta_nll(rows[0].score, plan.score)
+    _show([*rows, plan], dtype)
     for name, why in refused.items():
         console.print(f"left out: {name}: {why}", markup=False)
-    if best is None:
-        console.print(f"No scheme loses {max_delta} nats a token or less: the float model stays best.")
+    _show_plan(search, max_error, searched)
+    if set(search.chosen.values()) == {"float"}:
+        console.print(f"No plan loses {max_error} nats a token or less: the float model stays best.")
         return
-    row, quantized = best
-    ao.save(quantized, out, plan=row.report.plan if row.report else None, tokenizer=loaded.tokenizer)
-    console.print(f"Best, smallest that loses at most {max_delta}: {row.name}, saved to {out}")
-    _check(out, tokens, row)
+    _save(out, loaded, search, max_error)
+    _check(out, tokens, plan)
     console.print(f"{time.perf_counter() - start:.0f} s in all")
     if results:
-        results.write_text(json.dumps(_data(rows, dtype), indent=1) + "\n", encoding="utf-8")
+        data = {**_data(rows, dtype), "plan": _plan_data(plan, search, max_error)}
+        results.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def _show_plan(search: Search, max_error: float, seconds: float) -> None:
+    """What the plan uses, what was predicted, what the check measured."""
+    used = Counter(search.chosen.values())
+    console.print(f"The plan: {', '.join(f'{name} on {count}' for name, count in used.most_common())}")
+    for line in findings(search.plan):
+        console.print(f"  {line}", markup=False, soft_wrap=True)
+    console.print(
+        f"  smallest that loses at most {max_error} nats a token; {search.found.measured} numbers measured, "
+        f"{seconds:.0f} s of search and check",
+        soft_wrap=True,
+    )
+
+
+def _save(out: Path, loaded: Any, search: Search, max_error: float) -> None:
+    ao.save(loaded.model, out, plan=search.plan, tokenizer=loaded.tokenizer)
+    search.plan.save(out / "plan.json")
+    page = html(
+        search.found, search.chosen, title="SmolLM2-135M-Instruct", objective="bytes",
+        budget=Budget(max_error=max_error), plan=search.plan,
+    )  # fmt: skip
+    (out / "report.html").write_text(page, encoding="utf-8")
+    console.print(f"Saved in {out}: the model, plan.json, report.html")
 
 
 def _measure(
@@ -107,13 +143,6 @@ def _measure(
     )
     speed = metrics.speed(model, tokens)
     return Result(name, report, score, speed, metrics.model_bytes(model).total)
-
-
-def _better(row: Result, other: Result) -> bool:
-    """Smaller, or as small and closer to float."""
-    if row.delta is None or other.delta is None:
-        return False
-    return (row.bytes, row.delta.mean) < (other.bytes, other.delta.mean)
 
 
 def _show(rows: list[Result], dtype: str) -> None:
@@ -193,6 +222,20 @@ def _data(rows: list[Result], dtype: str) -> dict[str, Any]:
             }
             for row in rows
         ],
+    }
+
+
+def _plan_data(plan: Result, search: Search, max_error: float) -> dict[str, Any]:
+    return {
+        "max_error": max_error,
+        "schemes": dict(Counter(search.chosen.values())),
+        "check": search.plan.evidence["check"],
+        "bytes": plan.bytes,
+        "perplexity": plan.score.perplexity,
+        "delta_nll": plan.delta.mean if plan.delta else None,
+        "delta_nll_se": plan.delta.se if plan.delta else None,
+        "decode_tokens_per_s": plan.speed.decode_tokens_per_s,
+        "prefill_tokens_per_s": plan.speed.prefill_tokens_per_s,
     }
 
 

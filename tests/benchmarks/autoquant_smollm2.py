@@ -124,8 +124,10 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     results, subject = Results(options.results), Subject(options)
-    command = f"python tests/benchmarks/autoquant_smollm2.py FILE --seed {options.seed}"
-    results.get("command", lambda: f"{command} --windows {options.windows} --every {options.every}")
+    only = f"--only {options.only} " if options.only else ""
+    command = f"python tests/benchmarks/autoquant_smollm2.py FILE {only}--device {options.device}"
+    sizes = f"--seed {options.seed} --windows {options.windows} --every {options.every}"
+    results.get("command", lambda: f"{command} {sizes}")
     results.get("fingerprint", lambda: fingerprint(options.device))
     if options.only != "speed":
         accuracy(subject, results, options.layers)
