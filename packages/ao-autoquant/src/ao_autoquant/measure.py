@@ -93,7 +93,7 @@ class Reference:
 
     @cached_property
     def part(self) -> Part | None:
-        """Half of ``_ROWS`` the rows of the largest norm, half others, by norm at even distances.
+        """Of ``_ROWS`` rows half are those of the largest norm, half others, by norm at even distances.
 
         What a scheme does to a row grows with the row, and outliers may hold most of the error: these count
         themselves. None of a weight that is not large.
@@ -103,10 +103,10 @@ class Reference:
             return None
         order = torch.linalg.vector_norm(self.weight, dim=-1, dtype=torch.float32).argsort(stable=True)
         others, largest = order[:-half], order[-half:]  # from the smallest on
-        others = others[:: len(others) // half]
-        counts = torch.ones(len(others) + half, dtype=torch.float64, device=order.device)
-        counts[: len(others)] = (len(order) - half) / len(others)
-        return Part(torch.cat([others, largest]), counts)
+        spread = torch.linspace(0, len(others) - 1, half, dtype=torch.float64, device=order.device)
+        counts = torch.ones(_ROWS, dtype=torch.float64, device=order.device)
+        counts[:half] = len(others) / half
+        return Part(torch.cat([others[spread.round().long()], largest]), counts)
 
 
 def quality(scheme: Scheme | None, reference: Reference) -> tuple[Quality, torch.Tensor]:
