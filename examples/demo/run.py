@@ -35,6 +35,7 @@ from ao_core import metrics
 
 console = Console(highlight=False)
 TOKENS, CONTEXT = 12_288, 512
+QUICK = 4_096  # of these, without --results
 PROMPT = "The most important thing about the ocean is"
 
 
@@ -69,9 +70,10 @@ def main(
         reparametrize_(loaded.model)
         model = loaded.model
         text = wiki_text("evaluation")
-        tokens = torch.tensor(loaded.tokenizer(text[: TOKENS * 8], verbose=False)["input_ids"][:TOKENS])
+        count = TOKENS if results else QUICK
+        tokens = torch.tensor(loaded.tokenizer(text[: count * 8], verbose=False)["input_ids"][:count])
         names = list(ao.schemes()) if results else list(SCHEMES)
-        bar.update(step, total=(1 + len(names)) * (TOKENS // CONTEXT), completed=0)
+        bar.update(step, total=(1 + len(names)) * (count // CONTEXT), completed=0)
         rows = [_measure("float", model, None, tokens, bar, step)]
         refused: dict[str, str] = {}
         for name in names:
@@ -80,7 +82,7 @@ def main(
                 report = ao.quantize_(quantized, name)
             except ao.RejectedError as error:  # such as 2:4, which asks for pruned weights
                 refused[name] = str(error)
-                bar.advance(step, TOKENS // CONTEXT)
+                bar.advance(step, count // CONTEXT)
                 continue
             rows.append(_measure(name, quantized, report, tokens, bar, step))
             rows[-1].delta = metrics.delta_nll(rows[0].score, rows[-1].score)
@@ -89,7 +91,7 @@ def main(
     search = search_(model, loaded.tokenizer, max_error)
     searched = time.perf_counter() - searched
     with _progress() as bar:
-        plan = _measure("the plan", model, None, tokens, bar, bar.add_task("", total=TOKENS // CONTEXT))
+        plan = _measure("the plan", model, None, tokens, bar, bar.add_task("", total=count // CONTEXT))
     plan.delta = metrics.delta_nll(rows[0].score, plan.score)
     _show([*rows, plan], dtype)
     for name, why in refused.items():
@@ -134,6 +136,8 @@ def _measure(
     name: str, model: Any, report: ao.Report | None, tokens: torch.Tensor, bar: Progress, step: Any
 ) -> Result:
     bar.update(step, description=name)
+    if not sys.stderr.isatty():  # where no bar shows
+        print(f"measuring {name} ...", file=sys.stderr, flush=True)
     done = bar.tasks[step].completed
     score = metrics.perplexity(
         model,
