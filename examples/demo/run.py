@@ -152,7 +152,8 @@ def _measure(
 def _show(rows: list[Result], dtype: str) -> None:
     table = Table(box=None, pad_edge=False, padding=(0, 1))
     for column in ("scheme", "MB", "perplexity", "ΔNLL ± SE", "decode", "prefill"):
-        table.add_column(column, justify="left" if column == "scheme" else "right", no_wrap=True)
+        name = column == "scheme"  # folds where the terminal is narrow; numbers are never cut
+        table.add_column(column, justify="left" if name else "right", no_wrap=not name, overflow="fold")
     for row in rows:
         delta = "" if row.delta is None else f"{row.delta.mean:+.4f} ± {row.delta.se:.4f}"
         decode = "-" if row.speed.decode_tokens_per_s is None else f"{row.speed.decode_tokens_per_s:.1f}"

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import math
+import os
 import random
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from ao_autoquant import search
+from ao_autoquant.quiet import without_mistakes
 from ao_autoquant.search import FLOAT, Budget, InfeasibleError, Option, solve, totals
 from ao_core import AoError, OptionError
 
@@ -142,3 +146,21 @@ def test_a_search_that_runs_out_of_time_says_so(monkeypatch, caplog):
     monkeypatch.setattr(search, "milp", lambda *_, **__: ended)
     assert solve(options) == {"a": "s"}
     assert "may be up to 2% from the best" in caplog.text
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the C library's standard output is redirected on POSIX only")
+def test_what_the_solver_prints_by_mistake_is_dropped_and_nothing_else(capfd):
+    libc = ctypes.CDLL(None)
+
+    def prints():
+        with without_mistakes():
+            sys.stdout.write("from Python\n")
+            libc.printf(b"HighsMipSolverData::transformNewIntegerFeasibleSolution tmpSolver.run();\n")
+            libc.printf(b"from C\n")
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        prints()
+    sys.stdout.write("after\n")
+    said = capfd.readouterr().out.splitlines()
+    assert sorted(said[:2]) == ["from C", "from Python"] and said[2:] == ["after"]

@@ -90,7 +90,7 @@ def findings(plan: Plan | None) -> list[str]:
         predicted = f"; its parts sum up to {check['predicted']:.4f} nats" if nats else ""
         said.append(
             f"on the whole model the plan costs {loss['kl']:.4f} nats of KL{nll}{predicted}; a run takes "
-            f"{1e3 * check['plan_s']:.3g} ms, and {1e3 * check['float_s']:.3g} ms in float"
+            f"{_time(check['plan_s'])}, and {_time(check['float_s'])} in float"
         )
         if len(tried := check["tried"]) > 1 and check["kept"] == PLAN:
             costs = ", ".join(f"{real:.4g} (parts {parts:.4g})" for parts, real in tried)
@@ -100,6 +100,10 @@ def findings(plan: Plan | None) -> list[str]:
         said.append(f"refined, it costs {refined['nll']:+.4f} nats of the next token's loss")
     reasons = Counter(rounded(plan).values())
     return said + [f"{count} layers were not refined, but {why}" for why, count in reasons.items()]
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"
 
 
 def _beside(check: Mapping[str, Any]) -> list[str]:

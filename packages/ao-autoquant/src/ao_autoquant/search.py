@@ -18,6 +18,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_matrix
 
+from ao_autoquant.quiet import without_mistakes
 from ao_core import AoError, OptionError
 
 Objective = Literal["latency", "bytes", "error"]
@@ -237,13 +238,14 @@ class _Problem:
         size = max(float(np.abs(cost).max()), 1e-30)
         nudge = self.costs["error"] / max(float(self.costs["error"].max()), 1e-30) * 1e-9
         exact = len(cost) <= _EXACT_UP_TO
-        found = milp(
-            cost / size + nudge,
-            integrality=np.ones(len(cost)),
-            bounds=Bounds(0, 1),
-            constraints=constraints,
-            options={"mip_rel_gap": 0.0 if exact else 1e-4, "time_limit": _LIMIT_S},
-        )
+        with without_mistakes():
+            found = milp(
+                cost / size + nudge,
+                integrality=np.ones(len(cost)),
+                bounds=Bounds(0, 1),
+                constraints=constraints,
+                options={"mip_rel_gap": 0.0 if exact else 1e-4, "time_limit": _LIMIT_S},
+            )
         if found.x is None:
             if found.status == _OUT_OF_TIME:
                 raise AoError(
