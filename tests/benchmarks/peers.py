@@ -105,13 +105,15 @@ def torchao(weight: torch.Tensor, config: str, *, compiled: bool, **options: Any
     quantization.quantize_(linear, getattr(quantization, config)(**options))
     if type(linear.weight.data) is torch.Tensor:
         raise ao.RejectedError(f"torchao left a weight [{n}, {k}] as it was")
-    return functools.partial(_compiled if compiled else F.linear, weight=linear.weight)
+    held, call = linear.weight, _compiled if compiled else F.linear
+    return lambda x: call(x, held)  # torchao looks for the weight among the positional arguments
 
 
 def torchao_nf4(weight: torch.Tensor) -> Linear:
     from torchao.quantization import to_nf4
 
-    return functools.partial(F.linear, weight=to_nf4(weight, 64, 256))
+    held = to_nf4(weight, 64, 256)
+    return lambda x: F.linear(x, held)
 
 
 @functools.cache
