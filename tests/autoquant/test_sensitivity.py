@@ -11,7 +11,7 @@ from torch import nn
 
 import ao_core as ao
 from ao_autoquant import explore, sensitivity
-from ao_autoquant.logits import counted, logits_of, next_token_nll
+from ao_autoquant.logits import counted, divergence, logits_of, next_token_nll
 from ao_autoquant.profile import profile
 from ao_autoquant.search import Budget
 from ao_autoquant.sensitivity import FromGradients, exchanged, gradients
@@ -230,3 +230,15 @@ def test_an_exchanged_weight_comes_back(classifier, stop):
     with pytest.raises(stop):
         interrupted()
     assert model[2].weight is before and list(model[2]._parameters) == order
+
+
+@pytest.mark.parametrize("off", [1e-4, 1e-2, 1.0, 30.0, 200.0])
+def test_small_and_large_divergences_are_those_of_float64(off):
+    torch.manual_seed(0)
+    logits = 3 * torch.randn(700, 1000)
+    changed = logits + off * torch.randn_like(logits)
+    p, q = (each.double().log_softmax(-1) for each in (logits, changed))
+    expected = float((p.exp() * (p - q)).sum())
+    assert divergence(logits, changed) == pytest.approx(expected, rel=2e-3)
+    assert divergence(logits, logits) == 0.0
+    assert divergence(logits, changed * float("nan")) == float("inf")
