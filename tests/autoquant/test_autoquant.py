@@ -9,7 +9,6 @@ import re
 import sqlite3
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ from torch import nn
 import ao_core as ao
 from ao_autoquant import autoquant, explore, report
 from ao_autoquant.cache import Cache
-from ao_autoquant.measure import Reference, quality_of_rows
 from ao_autoquant.plans import differences
 from ao_autoquant.profile import SAMPLE_ROWS, profile
 from ao_autoquant.search import FLOAT, Budget
@@ -77,36 +75,6 @@ def test_errors_and_bytes_are_those_of_the_scheme(model, examples):
     assert found.options["0"][FLOAT].error == 0
     total = found.totals(dict.fromkeys(found.options, FLOAT))
     assert total.bytes == ao.model_bytes(model).total
-
-
-@pytest.mark.parametrize("rows", [1, 64])
-@pytest.mark.parametrize("outliers", [0, 5])
-@pytest.mark.parametrize("text", ["int4-weight-only:qparams=minmax", "float8-weight-only", "nf4", "uint4"])
-def test_the_error_of_a_large_weight_is_taken_from_some_of_its_rows(text, outliers, rows):
-    """Close to what all rows say, also where a few of them hold most of the error."""
-    torch.manual_seed(0)
-    weight, sample, bias = torch.randn(6007, 256), torch.randn(rows, 256), torch.ones(6007)
-    weight *= torch.linspace(0.2, 2, 6007)[torch.randperm(6007), None]
-    weight[torch.randperm(6007)[:outliers]] *= 40
-    scheme = ao.parse_scheme(text)
-    taken = []
-    spied = replace(scheme)
-    object.__setattr__(spied, "quantize", lambda some: taken.append(some) or scheme.quantize(some))
-    part = quality_of_rows(spied, Reference(weight, sample, bias), stored=7)
-    exact = sample.double() @ weight.double().t() + 1
-    wrong = sample.double() @ (scheme.quantize(weight).dequantize().double() - weight.double()).t()
-    assert part.bytes == 7 and part.error == pytest.approx(float(wrong.norm() / exact.norm()), rel=0.05)
-    assert [len(some) for some in taken] == [1024]
-
-
-def test_the_error_of_other_weights_is_taken_from_all_rows():
-    weight, sample = torch.randn(4096, 256), torch.randn(3, 256)
-    scheme = ao.parse_scheme("float8-weight-only")
-    assert quality_of_rows(scheme, Reference(weight, sample, None), stored=7) is not None
-    for small in (weight[:2047], weight[:, :255].contiguous()):
-        assert quality_of_rows(scheme, Reference(small, sample[:, : small.shape[1]], None), stored=7) is None
-    whole = ao.parse_scheme("float8-weight-only:granularity=tensor")
-    assert not whole.rowwise and quality_of_rows(whole, Reference(weight, sample, None), stored=7) is None
 
 
 def test_every_installed_scheme_is_measured_or_has_a_reason(model, examples):
