@@ -304,8 +304,8 @@ def speed(
     """Time reading a prompt at once, then writing greedily one token a call.
 
     The best of several runs counts, so that compiling and warming up do not. Decoding goes through
-    the cache that a Hugging Face model returns as ``past_key_values``, and only the last position
-    is turned into logits where the model offers that, as in text generation.
+    the cache that a Hugging Face model returns, and only the last position is turned into logits
+    where the model offers that, as in text generation.
 
     Args:
         model: as for :func:`perplexity`.
@@ -333,18 +333,22 @@ def speed(
     )
 
 
+_CACHES = ("cache", "past_key_values")  # from transformers 5.24 or so on, and before
+
+
 def _time_once(model: nn.Module, ids: Tensor, decode: int) -> tuple[float, float | None]:
     """Seconds of a prefill and of ``decode`` steps of one token (None without a cache)."""
     options = _options(model, use_cache=True, logits_to_keep=1)
     start = _now(ids.device)
     output = model(ids, **options)
     prefill_seconds = _now(ids.device) - start
-    if getattr(output, "past_key_values", None) is None:
+    kept = next((name for name in _CACHES if getattr(output, name, None) is not None), None)
+    if kept is None:
         return prefill_seconds, None
     start = _now(ids.device)
     for _ in range(decode):
         token = output.logits[:, -1].argmax(-1, keepdim=True)  # [1, 1]
-        output = model(token, past_key_values=output.past_key_values, **options)
+        output = model(token, **{kept: getattr(output, kept)}, **options)
     return prefill_seconds, _now(ids.device) - start
 
 

@@ -14,7 +14,7 @@ from ao_core.calibrate.batches import call, mapped, padding_mask, tensors
 from ao_core.calibrate.blocks import Blocks, Chain
 from ao_core.calibrate.placement import Placement
 
-_CACHES = ("past_key_values", "past_key_value", "layer_past", "cache_params")
+_CACHES = ("cache", "past_key_values", "past_key_value", "layer_past", "cache_params")
 
 
 class WholeInputs:
