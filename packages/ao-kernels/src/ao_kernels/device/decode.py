@@ -151,35 +151,42 @@ def nf4_asm(bits: list[int], codes: str = "$4", before: str = "") -> str:
     return f"{{ {declared} {before} {first} shr.u32 upper, {codes}, 16; {second} }}"
 
 
-_NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x43004300", one="0x3f803f80"))
-_NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(exponent="0x64006400", one="0x3c003c00"))
-_NF4_BFLOAT16 = tl.constexpr(nf4_asm([bits_of(level, False) for level in NF4_LEVELS]))
-_NF4_FLOAT16 = tl.constexpr(nf4_asm([bits_of(level, True) for level in NF4_LEVELS]))
-_NF4_UPPER = tl.constexpr(nf4_asm([_float_bits(level) >> 16 for level in NF4_LEVELS]))
-_NF4_LOWER = tl.constexpr(nf4_asm([_float_bits(level) & 0xFFFF for level in NF4_LEVELS]))
-FOR_BFLOAT16 = {"exponent": "0x43004300", "one": "0x3f803f80", "dtype": "bf16x2", "sixteen": "0x41804180"}
-FOR_FLOAT16 = {"exponent": "0x64006400", "one": "0x3c003c00", "dtype": "f16x2", "sixteen": "0x4c004c00"}
-
-
 def twice(value: float, half: bool) -> str:
     """Assembly's number for 32 bits of twice the same 16: see :func:`bits_of`."""
     return hex(bits_of(value, half) * 0x10001)
 
 
+def _numbers(half: bool) -> dict[str, object]:
+    """What the templates of assembly are filled with."""
+    above = 1024 if half else 128
+    return {
+        "dtype": "f16x2" if half else "bf16x2",
+        "exponent": twice(above, half),
+        "one": twice(1, half),
+        "sixteen": twice(16, half),
+        "less_high": twice(-above * 16 - 128, half),
+        "less_low": twice(-above, half),
+        "shift": 1 if half else 4,
+        "mask": "0x3f803f80" if half else "0x07f007f0",
+        "factor": twice(256 if half else 2.0**120, half),
+    }
+
+
+FOR_BFLOAT16, FOR_FLOAT16 = _numbers(half=False), _numbers(half=True)
+NF4_BITS_BFLOAT16 = [bits_of(level, False) for level in NF4_LEVELS]
+NF4_BITS_FLOAT16 = [bits_of(level, True) for level in NF4_LEVELS]
+_NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_BFLOAT16))
+_NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_FLOAT16))
+_NF4_BFLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_BFLOAT16))
+_NF4_FLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_FLOAT16))
+_NF4_UPPER = tl.constexpr(nf4_asm([_float_bits(level) >> 16 for level in NF4_LEVELS]))
+_NF4_LOWER = tl.constexpr(nf4_asm([_float_bits(level) & 0xFFFF for level in NF4_LEVELS]))
 _SCALED_BFLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**FOR_BFLOAT16))
 _SCALED_FLOAT16 = tl.constexpr(_SCALED_NIBBLES.format(**FOR_FLOAT16))
-_INTEGERS_BFLOAT16 = tl.constexpr(
-    _INTEGERS.format(**FOR_BFLOAT16, less_high=twice(-128 * 16 - 128, False), less_low=twice(-128, False))
-)
-_INTEGERS_FLOAT16 = tl.constexpr(
-    _INTEGERS.format(**FOR_FLOAT16, less_high=twice(-1024 * 16 - 128, True), less_low=twice(-1024, True))
-)
-_E4M3_BFLOAT16 = tl.constexpr(
-    _FLOAT8.format(shift=4, mask="0x07f007f0", factor=twice(2.0**120, half=False), dtype="bf16x2")
-)
-_E4M3_FLOAT16 = tl.constexpr(
-    _FLOAT8.format(shift=1, mask="0x3f803f80", factor=twice(256, half=True), dtype="f16x2")
-)
+_INTEGERS_BFLOAT16 = tl.constexpr(_INTEGERS.format(**FOR_BFLOAT16))
+_INTEGERS_FLOAT16 = tl.constexpr(_INTEGERS.format(**FOR_FLOAT16))
+_E4M3_BFLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_BFLOAT16))
+_E4M3_FLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_FLOAT16))
 
 
 @triton.jit

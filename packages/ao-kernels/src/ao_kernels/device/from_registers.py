@@ -20,15 +20,14 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from ao_kernels.device.copy_engine import copy_tile
 from ao_kernels.device.decode import INT4, NF4, above
 from ao_kernels.device.picked import picked_bytes, picked_levels, picked_nibbles
-
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed by Triton 3.7 or later
+from ao_kernels.device.scales import load_row_scales, scale_of
 
 STEP = gl.constexpr(64)
 """Columns of K that are multiplied at once: 128 bytes of activations, as far as the copy engine swizzles."""
@@ -61,29 +60,8 @@ def _fetch(
             slot = i % RING
             mbarrier.wait(empty.index(slot), (i // RING & 1) ^ 1)
             mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-            _copy(desc, [start, (first + step) * COLUMNS], full.index(slot), ring.index(slot))
+            copy_tile(desc, [start, (first + step) * COLUMNS], full.index(slot), ring.index(slot))
             i += 1
-
-
-@gluon.jit
-def _parameters(
-    scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, byte, groups, scalers, scaler_size,
-    ZERO: gl.constexpr, CODED: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """What is stored for the group of each row's ``byte``: scale, zero, offset, step; else the scale."""
-    group = byte * 0
-    if GROUP > 0:
-        group = gl.minimum(byte // GROUP, groups - 1)
-    scale = gl.load(scale_ptr + rows * groups + group)
-    zero = scale
-    offset = scale
-    step = scale
-    if ZERO > 0:
-        zero = gl.load(zero_ptr + rows * groups + group)
-    if CODED:
-        offset = gl.load(offset_ptr + rows * scalers + group // scaler_size)
-        step = gl.load(step_ptr + rows * scalers + group // scaler_size)
-    return scale, zero, offset, step
 
 
 @gluon.jit
@@ -97,11 +75,7 @@ def _operand(
     """
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     lane = gl.expand_dims(gl.expand_dims(lane, 0), 0)
-    scale = raw[0].to(gl.float32)
-    if CODED:
-        scale = raw[2] + scale * raw[3]
-        scale = scale * scale
-        scale = scale * scale
+    scale = scale_of(raw, CODED)
     if GROUP == 0 and not CODED and not (KIND == INT4 and ZERO == 1):
         scale = gl.full_like(scale, 1.0)
     scale = gl.expand_dims(scale, 2)
@@ -173,7 +147,7 @@ def _multiply(
         row, column = _place(at, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rows = column + START + gl.arange(0, 64, gl.SliceLayout(1, PARTS))
         rows = gl.expand_dims(gl.minimum(rows, N - 1), 1)
-        raw = _parameters(
+        raw = load_row_scales(
             scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, within, groups, scalers, scaler_size,
             ZERO, CODED, GROUP,
         )  # fmt: skip
@@ -181,7 +155,7 @@ def _multiply(
         words = codes.index(done % CODES_RING).slice(START, 64).slice(0, WORDS, dim=1)
         w = _operand(words, raw, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE)
         if GROUP > 0:
-            raw = _parameters(
+            raw = load_row_scales(
                 scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, within + BYTES, groups, scalers, scaler_size,
                 ZERO, CODED, GROUP,
             )  # fmt: skip
@@ -202,7 +176,7 @@ def _multiply(
                 words = words.slice((part + 1) % STEPS * WORDS, WORDS, dim=1)
                 following = _operand(words, raw, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE)
                 if GROUP > 0 and (not LASTING or (part + 2) * BYTES % min(GROUP, 128) == 0):
-                    raw = _parameters(
+                    raw = load_row_scales(
                         scale_ptr, zero_ptr, offset_ptr, step_ptr, rows,
                         within + ((tile - done) * STEPS + part + 2) * BYTES, groups, scalers, scaler_size,
                         ZERO, CODED, GROUP,

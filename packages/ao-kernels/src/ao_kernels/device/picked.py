@@ -9,7 +9,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ao_kernels.device.decode import FOR_BFLOAT16, FOR_FLOAT16, INT8, NF4_LEVELS, bits_of, nf4_asm, twice
+from ao_kernels.device.decode import (
+    FOR_BFLOAT16,
+    FOR_FLOAT16,
+    INT8,
+    NF4_BITS_BFLOAT16,
+    NF4_BITS_FLOAT16,
+    nf4_asm,
+)
 
 # One byte out of a word: $0, $1 its low and its high four bits, less a middle, scaled, and a midpoint added.
 # $2: the word; $3: which byte, as a permutation; $4: the middle, negative, twice; $5: the scale and $6: the
@@ -58,27 +65,19 @@ _FLOAT8 = """{{
     mov.b32 {{$0, $1}}, both;
 }}"""
 
-_NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_BFLOAT16))
-_NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_FLOAT16))
-_INTEGERS_BFLOAT16 = tl.constexpr(
-    _INTEGERS.format(**FOR_BFLOAT16, less_high=twice(-128 * 16 - 128, False), less_low=twice(-128, False))
-)
-_INTEGERS_FLOAT16 = tl.constexpr(
-    _INTEGERS.format(**FOR_FLOAT16, less_high=twice(-1024 * 16 - 128, True), less_low=twice(-1024, True))
-)
-_E4M3_BFLOAT16 = tl.constexpr(
-    _FLOAT8.format(shift=4, mask="0x07f007f0", factor=twice(2.0**120, half=False), dtype="bf16x2")
-)
-_E4M3_FLOAT16 = tl.constexpr(
-    _FLOAT8.format(shift=1, mask="0x3f803f80", factor=twice(256, half=True), dtype="f16x2")
-)
 _PICKING = (
     ".reg .b32 bytes, rest; prmt.b32 bytes, $4, $5, $8; prmt.b32 rest, $6, $7, $8; "
     "prmt.b32 bytes, bytes, rest, 0x5410;"
 )
 """A byte out of each of four words, ``$4`` to ``$7``; ``$8`` to ``$11``, the same, say which."""
-_NF4_BFLOAT16 = tl.constexpr(nf4_asm([bits_of(level, False) for level in NF4_LEVELS], "bytes", _PICKING))
-_NF4_FLOAT16 = tl.constexpr(nf4_asm([bits_of(level, True) for level in NF4_LEVELS], "bytes", _PICKING))
+_NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_BFLOAT16))
+_NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_FLOAT16))
+_INTEGERS_BFLOAT16 = tl.constexpr(_INTEGERS.format(**FOR_BFLOAT16))
+_INTEGERS_FLOAT16 = tl.constexpr(_INTEGERS.format(**FOR_FLOAT16))
+_E4M3_BFLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_BFLOAT16))
+_E4M3_FLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_FLOAT16))
+_NF4_BFLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_BFLOAT16, "bytes", _PICKING))
+_NF4_FLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_FLOAT16, "bytes", _PICKING))
 _NF4_REGISTERS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 8))
 
 
@@ -95,65 +94,40 @@ def picked_nibbles(words, lane, less, scale, midpoint, DTYPE: tl.constexpr):
 
     With float16 1024 for 128; all are broadcast.
     """
+    ASSEMBLY: tl.constexpr = _NIBBLES_BFLOAT16 if DTYPE == tl.bfloat16 else _NIBBLES_FLOAT16
     chosen = 0x4440 + lane
     less = _twice_in_a_word(less, DTYPE)
     factor = _twice_in_a_word(scale, DTYPE)
     shift = _twice_in_a_word(midpoint, DTYPE)
-    if DTYPE == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_BFLOAT16, "=h,=h,r,r,r,r,r", [words, chosen, less, factor, shift],
-            (tl.uint16, tl.uint16), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        low, high = tl.inline_asm_elementwise(
-            _NIBBLES_FLOAT16, "=h,=h,r,r,r,r,r", [words, chosen, less, factor, shift],
-            (tl.uint16, tl.uint16), is_pure=True, pack=1,
-        )  # fmt: skip
+    low, high = tl.inline_asm_elementwise(
+        ASSEMBLY, "=h,=h,r,r,r,r,r", [words, chosen, less, factor, shift], (tl.uint16, tl.uint16),
+        is_pure=True, pack=1,
+    )  # fmt: skip
     return low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
 
 
 @triton.jit
 def picked_levels(words, lane, scale, DTYPE: tl.constexpr):
     """The NF4 levels, scaled, of byte ``lane`` of words: of its low and its high half."""
+    ASSEMBLY: tl.constexpr = _NF4_BFLOAT16 if DTYPE == tl.bfloat16 else _NF4_FLOAT16
     chosen = 0x0040 + 0x11 * lane
-    if DTYPE == tl.bfloat16:
-        low, high = tl.inline_asm_elementwise(
-            _NF4_BFLOAT16, _NF4_REGISTERS, [words, chosen],
-            (tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
-        )  # fmt: skip
-    else:
-        low, high = tl.inline_asm_elementwise(
-            _NF4_FLOAT16, _NF4_REGISTERS, [words, chosen],
-            (tl.float16, tl.float16), is_pure=True, pack=4,
-        )  # fmt: skip
+    low, high = tl.inline_asm_elementwise(
+        ASSEMBLY, _NF4_REGISTERS, [words, chosen], (tl.uint16, tl.uint16), is_pure=True, pack=4
+    )
     factor = scale.to(DTYPE)
-    return low * factor, high * factor
+    return low.to(DTYPE, bitcast=True) * factor, high.to(DTYPE, bitcast=True) * factor
 
 
 @triton.jit
 def picked_bytes(first, second, lane, scale, KIND: tl.constexpr, DTYPE: tl.constexpr):
     """Signed bytes or float8 e4m3, scaled: bytes ``2 * lane`` and the next of two words."""
+    IN_BFLOAT16: tl.constexpr = _INTEGERS_BFLOAT16 if KIND == INT8 else _E4M3_BFLOAT16
+    IN_FLOAT16: tl.constexpr = _INTEGERS_FLOAT16 if KIND == INT8 else _E4M3_FLOAT16
+    ASSEMBLY: tl.constexpr = IN_BFLOAT16 if DTYPE == tl.bfloat16 else IN_FLOAT16
     chosen = 0x10 + 0x22 * lane
     factor = _twice_in_a_word(scale, DTYPE)
-    if KIND == INT8:
-        if DTYPE == tl.bfloat16:
-            even, odd = tl.inline_asm_elementwise(
-                _INTEGERS_BFLOAT16, "=h,=h,r,r,r,r", [first, second, chosen, factor],
-                (tl.uint16, tl.uint16), is_pure=True, pack=1,
-            )  # fmt: skip
-        else:
-            even, odd = tl.inline_asm_elementwise(
-                _INTEGERS_FLOAT16, "=h,=h,r,r,r,r", [first, second, chosen, factor],
-                (tl.uint16, tl.uint16), is_pure=True, pack=1,
-            )  # fmt: skip
-    elif DTYPE == tl.bfloat16:
-        even, odd = tl.inline_asm_elementwise(
-            _E4M3_BFLOAT16, "=h,=h,r,r,r,r", [first, second, chosen, factor],
-            (tl.uint16, tl.uint16), is_pure=True, pack=1,
-        )  # fmt: skip
-    else:
-        even, odd = tl.inline_asm_elementwise(
-            _E4M3_FLOAT16, "=h,=h,r,r,r,r", [first, second, chosen, factor],
-            (tl.uint16, tl.uint16), is_pure=True, pack=1,
-        )  # fmt: skip
+    even, odd = tl.inline_asm_elementwise(
+        ASSEMBLY, "=h,=h,r,r,r,r", [first, second, chosen, factor], (tl.uint16, tl.uint16),
+        is_pure=True, pack=1,
+    )  # fmt: skip
     return even.to(DTYPE, bitcast=True), odd.to(DTYPE, bitcast=True)

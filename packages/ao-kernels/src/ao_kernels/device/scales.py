@@ -36,6 +36,19 @@ def load_scales(
 
 
 @triton.jit
+def load_row_scales(
+    scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, byte, groups, scalers, scaler_size,
+    ZERO: tl.constexpr, CODED: tl.constexpr, GROUP: tl.constexpr,
+):  # fmt: skip
+    """:func:`load_scales` of ``rows``; ``scalers``: offsets and steps of a row."""
+    first, first_scaler = rows * groups, rows * scalers
+    return load_scales(
+        scale_ptr + first, zero_ptr + first, offset_ptr + first_scaler, step_ptr + first_scaler,
+        byte, groups, scaler_size, ZERO, CODED, GROUP,
+    )  # fmt: skip
+
+
+@triton.jit
 def scale_of(raw, CODED: tl.constexpr):
     """The scale in float32."""
     scale = raw[0].to(tl.float32)

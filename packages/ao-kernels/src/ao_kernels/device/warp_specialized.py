@@ -14,14 +14,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
+from ao_kernels.device.copy_engine import copy_tile
 from ao_kernels.device.decode import INT4, INT8, NF4, float8_values, integers, nf4_levels, scaled_nibbles
-
-_copy = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # renamed by Triton 3.7 or later
+from ao_kernels.device.scales import load_row_scales, scale_of
 
 
 @gluon.jit
@@ -32,28 +31,7 @@ def _fetch(desc, ring, full, empty, row, first, steps, COLUMNS: gl.constexpr, RI
         mbarrier.wait(empty.index(slot), (i // RING & 1) ^ 1)
         mbarrier.expect(full.index(slot), desc.block_type.nbytes)
         at = [row, (first + i) * COLUMNS]
-        _copy(desc, at, full.index(slot), ring.index(slot))
-
-
-@gluon.jit
-def _parameters(
-    scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, byte, groups, scalers, scaler_size,
-    ZERO: gl.constexpr, CODED: gl.constexpr, GROUP: gl.constexpr,
-):  # fmt: skip
-    """What is stored for the group of each row's ``byte``: scale, zero, offset, step; else the scale."""
-    group = 0
-    if GROUP > 0:
-        group = gl.minimum(byte // GROUP, groups - 1)
-    scale = gl.load(scale_ptr + rows * groups + group)
-    zero = scale
-    offset = scale
-    step = scale
-    if ZERO > 0:
-        zero = gl.load(zero_ptr + rows * groups + group)
-    if CODED:
-        offset = gl.load(offset_ptr + rows * scalers + group // scaler_size)
-        step = gl.load(step_ptr + rows * scalers + group // scaler_size)
-    return scale, zero, offset, step
+        copy_tile(desc, at, full.index(slot), ring.index(slot))
 
 
 @gluon.jit
@@ -62,11 +40,7 @@ def _floats(
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """Codes ``[ROWS, BYTES]`` as floats, scaled unless :func:`_multiply` does that."""
-    scale = raw[0].to(gl.float32)
-    if CODED:
-        scale = raw[2] + scale * raw[3]
-        scale = scale * scale
-        scale = scale * scale
+    scale = scale_of(raw, CODED)
     if KIND == INT4:
         middle = gl.full_like(scale, 8.0)
         midpoint = gl.zeros_like(scale)
@@ -115,7 +89,7 @@ def _decode(
     WIDE: gl.constexpr = min(SLICE, 16)
     layout: gl.constexpr = gl.BlockedLayout([1, WIDE], [32 * WIDE // SLICE, SLICE // WIDE], [4, 1], [1, 0])
     rows = column + START + gl.arange(0, AT_ONCE, gl.SliceLayout(1, layout))
-    ahead = _parameters(
+    ahead = load_row_scales(
         scale_ptr, zero_ptr, offset_ptr, step_ptr, gl.minimum(rows, N - 1), first * SLOTS * BYTES, groups,
         scalers, scaler_size, ZERO, CODED, GROUP,
     )  # fmt: skip
@@ -130,7 +104,7 @@ def _decode(
                     raw = ahead
                     if GROUP > 0 or ROWS > AT_ONCE:
                         # Of the next rows, or of the first ones of the next slice: they arrive meanwhile.
-                        ahead = _parameters(
+                        ahead = load_row_scales(
                             scale_ptr, zero_ptr, offset_ptr, step_ptr,
                             gl.minimum(rows + (row + AT_ONCE) % ROWS, N - 1),
                             (first * SLOTS + i) * BYTES + (piece + (row + AT_ONCE) // ROWS) * SLICE,
