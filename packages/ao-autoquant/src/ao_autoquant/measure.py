@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from ao_core import Scheme, microseconds, stored_bytes
+from ao_core import Rounds, Scheme, microseconds, stored_bytes
 
 _RING_BYTES = {"cuda": 200_000_000, "cpu": 40_000_000}  # of weights in turn: more than the caches hold
 _MOST_COPIES = 40
@@ -205,12 +205,12 @@ def timed(
             once = microseconds([lambda: linear(x, weight, bias)], x.device, replays=2)
             room = min(room, int(_ROUND_US / max(once, 1e-3)))
         copies = [weight, *(weight.detach().clone() for _ in range(max(2, min(room, _MOST_COPIES)) - 1))]
-        calls = [lambda each=each: linear(x, each, bias) for each in copies]
+        rounds = Rounds([lambda each=each: linear(x, each, bias) for each in copies], x.device)
         replays = 2
         if x.device.type == "cuda":  # fewer of what is slow
-            once = microseconds(calls, x.device, replays=1) * len(calls)
+            once = rounds.typical(1) * len(copies)
             replays = max(min(10, int(_REPLAYS_US / max(once, 1e-3))), 1)
-        times = sorted(microseconds(calls, x.device, replays=replays) for _ in range(_REPEATS))
+        times = sorted(rounds.typical(replays) for _ in range(_REPEATS))
     return Time(statistics.median(times), (times[-2] - times[1]) / 2)
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from ao_core.registry import Fault
     from ao_core.scheme import QParams, Scheme, parse_scheme, schemes
     from ao_core.tensor import InputScaledTensor, QuantizedTensor
-    from ao_core.timing import microseconds
+    from ao_core.timing import Rounds, microseconds
 
 __version__ = "0.1.0"
 
@@ -66,7 +66,7 @@ _HOME = {
     "registry": ["Fault"],
     "scheme": ["QParams", "Scheme", "parse_scheme", "schemes"],
     "tensor": ["InputScaledTensor", "QuantizedTensor"],
-    "timing": ["microseconds"],
+    "timing": ["Rounds", "microseconds"],
 }  # fmt: skip
 _WHERE = {name: module for module, names in _HOME.items() for name in names}
 
@@ -98,6 +98,7 @@ __all__ = [
     "QuantizedTensor",
     "RejectedError",
     "Report",
+    "Rounds",
     "Rule",
     "Scheme",
     "UnknownNameError",

@@ -26,9 +26,7 @@ def microseconds(calls: Calls, device: torch.device | str, *, replays: int = 10)
     Raises:
         ValueError: no calls.
     """
-    device = torch.device(device)
-    (found,) = in_turns([Rounds(calls, device)], replays)
-    return typical(found, device)
+    return Rounds(calls, device).typical(replays)
 
 
 class Rounds:
@@ -67,6 +65,11 @@ class Rounds:
         for call in self.calls:
             call()
         return (time.perf_counter() - begin) / len(self.calls) * 1e6
+
+    def typical(self, replays: int) -> float:
+        """Microseconds of a call, from ``replays`` rounds: see :func:`microseconds`."""
+        (found,) = in_turns([self], replays)
+        return typical(found, self.device)
 
 
 def in_turns(series: Sequence[Rounds], replays: int) -> list[list[float]]:
