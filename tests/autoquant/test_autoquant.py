@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ao_core as ao
-from ao_autoquant import autoquant, explore, report
+from ao_autoquant import autoquant, explore, report, worker
 from ao_autoquant.cache import Cache
 from ao_autoquant.plans import differences
 from ao_autoquant.profile import SAMPLE_ROWS, profile
@@ -197,7 +197,10 @@ def ao_propose_schemes(fqn):
 """
 
 
-def test_schemes_that_fail_are_rows_not_failures(site, model, examples):
+@pytest.mark.parametrize("children", [1, 3])
+def test_schemes_that_fail_are_rows_not_failures(children, site, model, examples, monkeypatch):
+    """Measured by one child, or run before by several, as where kernels are compiled."""
+    monkeypatch.setattr(worker, "_crew", lambda *_: children)
     kinds = {
         "raises": ("1 / 0", "1"),
         "hangs": ("time.sleep(600)", "1"),
@@ -217,6 +220,7 @@ def test_schemes_that_fail_are_rows_not_failures(site, model, examples):
     assert faults["dies"].distribution == "dies"
     assert "KeyError" in found.proposals["works"]
     assert "works" not in faults and "works" in found.options["0"]
+    assert not {"dies", "hangs"} & {fault.scheme for fault in found.faults if fault.layer != "0"}
     chosen = found.choose("bytes")
     assert not {"raises", "hangs", "dies", "lies"} & set(chosen.values())
     page = report.html(found, chosen, title="t", objective="bytes", budget=Budget())

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import ao_core as ao
-from ao_autoquant import cache, explore, measure
+from ao_autoquant import cache, explore, measure, worker
 from ao_autoquant.cache import Cache
 from ao_autoquant.measure import Reference, quality_of_rows
 from ao_autoquant.worker import Worker
@@ -102,16 +102,37 @@ def test_a_weight_is_written_once_for_all_its_candidates(model, examples, monkey
                 assert option.error == pytest.approx(float(off.norm() / exact.norm()), rel=0.02)
 
 
+def test_several_children_run_a_scheme_of_a_new_shape_once(examples, monkeypatch):
+    """Of two layers of one shape; what runs them does not measure, what measures is one child."""
+    asked, real = [], Worker.measure
+
+    def asking(self, scheme, *args, once=False, **options):
+        asked.append((scheme, once, id(self)))
+        return real(self, scheme, *args, once=once, **options)
+
+    monkeypatch.setattr(Worker, "measure", asking)
+    monkeypatch.setattr(worker, "_crew", lambda *_: 2)
+    model = nn.Sequential(nn.Linear(100, 100), nn.Linear(100, 100)).eval()
+    schemes = ["int8-weight-only", "uint4", "int4-weight-only:qparams=minmax"]
+    found = explore(model, examples, schemes=schemes)
+    once = [(scheme, who) for scheme, tried, who in asked if tried]
+    assert sorted(scheme for scheme, _ in once) == sorted(schemes) and len({who for _, who in once}) == 2
+    assert len({who for _, tried, who in asked if not tried}) == 1
+    assert all(option.us > 0 for each in found.options.values() for option in each.values())
+    asked.clear()
+    assert explore(model, examples, schemes=schemes).measured == 0 and not asked
+
+
 def test_a_weight_that_changed_is_written_again():
-    worker, weight = Worker(60), torch.randn(32, 64)
+    child, weight = Worker(60), torch.randn(32, 64)
     x = torch.randn(3, 64)
     try:
-        first = worker.measure("uint4", weight, x, None, [], compiled=False)[0]
-        again = worker.measure("uint4", weight, x, None, [], compiled=False)[0]
+        first = child.measure("uint4", weight, x, None, [], compiled=False)[0]
+        again = child.measure("uint4", weight, x, None, [], compiled=False)[0]
         weight[0] += 100
-        other = worker.measure("uint4", weight, x, None, [], compiled=False)[0]
+        other = child.measure("uint4", weight, x, None, [], compiled=False)[0]
     finally:
-        worker.close()
+        child.close()
     assert first == again != other
     expected = measure.quality(ao.parse_scheme("uint4"), measure.Reference(weight, x, None))[0]
     assert other.error == pytest.approx(expected.error, rel=1e-5)
@@ -156,13 +177,13 @@ def ao_register_schemes():
 
 def test_a_scheme_that_changes_the_weight_spoils_no_other(site):
     site.install("careless", IN_PLACE)
-    worker, weight, x = Worker(60), torch.randn(32, 64), torch.randn(3, 64)
+    child, weight, x = Worker(60), torch.randn(32, 64), torch.randn(3, 64)
     try:
-        before = worker.measure("uint4", weight, x, None, [], compiled=False)[0]
-        worker.measure("careless", weight, x, None, [], compiled=False)
-        assert worker.measure("uint4", weight, x, None, [], compiled=False)[0] == before
+        before = child.measure("uint4", weight, x, None, [], compiled=False)[0]
+        child.measure("careless", weight, x, None, [], compiled=False)
+        assert child.measure("uint4", weight, x, None, [], compiled=False)[0] == before
     finally:
-        worker.close()
+        child.close()
 
 
 def test_float_is_run_once_for_a_layer(model, examples, monkeypatch):

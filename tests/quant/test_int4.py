@@ -196,3 +196,22 @@ def test_zeros_of_a_pruned_weight_stay_zero_with_a_float_midpoint():
             dense = scheme.quantize(weight.to(dtype)).portable()
             steps = dense.zero.float() / dense.scale.float()
             assert (steps - steps.round()).abs().max() > 0.2
+
+
+@pytest.mark.parametrize("method", ["minmax", "mse", "hqq"])
+def test_one_zero_changes_the_parameters_of_its_own_group_alone(method):
+    """100 columns in groups of 64: the second is short, and holds the other zero."""
+    weight = torch.randn(17, 100, generator=torch.Generator().manual_seed(0)) + 0.3
+    holed = weight.clone()
+    holed[3, 5] = holed[8, 99] = 0.0
+    before, after = (
+        ranges.choose(each, group_size=64, zero_point="float", method=method) for each in (weight, holed)
+    )
+    other = torch.ones(17, 2, dtype=torch.bool)
+    other[3, 0] = other[8, 1] = False
+    assert torch.equal(before.scale[other], after.scale[other])
+    assert torch.equal(before.zero[other], after.zero[other])
+    zero = torch.zeros(())
+    for place in ((3, 0), (8, 1)):
+        own = after.scale[place], after.zero[place]
+        assert ranges.decode(ranges.encode(zero, *own), *own) == 0

@@ -54,6 +54,14 @@ class FaultError(Exception):
     """A scheme that can't be measured here; the message says why."""
 
 
+class EndedError(FaultError):
+    """The process that it was measured in ended, or was ended since it took too long (``hung``)."""
+
+    def __init__(self, message: str, *, hung: bool) -> None:
+        super().__init__(message)
+        self.hung = hung
+
+
 @dataclass(frozen=True)
 class Part:
     """Rows of a weight that stand for all of it.
@@ -196,22 +204,37 @@ def timed(
         bias: ``[N]`` or None.
         compiled: time it as ``torch.compile`` makes it.
     """
-    x = sample.repeat(-(-rows // len(sample)), 1)[:rows].contiguous()
-    linear: Callable[..., torch.Tensor] = torch.compile(F.linear, dynamic=False) if compiled else F.linear
+    linear, x = called(weight, sample, rows, bias, compiled=compiled)
     with torch.no_grad():
-        linear(x, weight, bias)  # kernels are compiled, and chosen, before anything counts
         room = _RING_BYTES.get(x.device.type, _RING_BYTES["cpu"]) // max(stored_bytes(weight), 1)
         if x.device.type != "cuda":
             once = microseconds([lambda: linear(x, weight, bias)], x.device, replays=2)
             room = min(room, int(_ROUND_US / max(once, 1e-3)))
         copies = [weight, *(weight.detach().clone() for _ in range(max(2, min(room, _MOST_COPIES)) - 1))]
-        rounds = Rounds([lambda each=each: linear(x, each, bias) for each in copies], x.device)
+        calls = [lambda each=each: linear(x, each, bias) for each in copies]
+        rounds = Rounds(calls, x.device)
         replays = 2
         if x.device.type == "cuda":  # fewer of what is slow
             once = rounds.typical(1) * len(copies)
             replays = max(min(10, int(_REPLAYS_US / max(once, 1e-3))), 1)
         times = sorted(rounds.typical(replays) for _ in range(_REPEATS))
     return Time(statistics.median(times), (times[-2] - times[1]) / 2)
+
+
+def called(
+    weight: torch.Tensor,
+    sample: torch.Tensor,
+    rows: int,
+    bias: torch.Tensor | None,
+    *,
+    compiled: bool = False,
+) -> tuple[Callable[..., torch.Tensor], torch.Tensor]:
+    """The linear and the input that :func:`timed` times, called once: kernels are compiled, and chosen."""
+    x = sample.repeat(-(-rows // len(sample)), 1)[:rows].contiguous()
+    linear: Callable[..., torch.Tensor] = torch.compile(F.linear, dynamic=False) if compiled else F.linear
+    with torch.no_grad():
+        linear(x, weight, bias)
+    return linear, x
 
 
 def digest(tensor: torch.Tensor | None) -> str:

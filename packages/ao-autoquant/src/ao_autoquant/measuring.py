@@ -13,13 +13,13 @@ import torch
 
 from ao_autoquant import measure
 from ao_autoquant.cache import Cache
-from ao_autoquant.measure import Digests, FaultError, Quality, Time
-from ao_autoquant.modules import module_shape
+from ao_autoquant.measure import Digests, EndedError, FaultError, Quality, Time
+from ao_autoquant.modules import call_shape, module_shape
 from ao_autoquant.profile import Seen
 from ao_autoquant.search import FLOAT, Option
 from ao_autoquant.sensitivity import Sensitivity
 from ao_autoquant.subject import Subject
-from ao_autoquant.worker import Worker
+from ao_autoquant.worker import Workers
 from ao_core import KERNELS, AoError, ModelError, RejectedError, Scheme, fingerprint, scheme_source
 
 
@@ -67,7 +67,8 @@ class Measurer:
         self.cache, self.compiled, self.isolate = cache, compiled, isolate
         self.faults: dict[tuple[str, str], Faulty] = {}
         self.measured = self.reused = 0
-        self._worker = Worker(limit_s)
+        self._workers = Workers(limit_s)
+        self._prepared: set[tuple[Any, ...]] = set()
         kernels = {f"{e.source.distribution} {e.source.version}" for e in KERNELS.entries().values()}
         self._versions: dict[str, Any] = {
             "kernels": sorted(kernels),
@@ -82,7 +83,7 @@ class Measurer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._worker.close()
+        self._workers.close()
         self.cache.flush()
 
     def share(self, seen: Mapping[str, Seen]) -> None:
@@ -102,6 +103,7 @@ class Measurer:
         subject = Subject(name, seen, self.digests)
         made: dict[str, Option] = {}
         base = 0.0
+        self._prepare(subject, schemes)
         for text, scheme in {FLOAT: None, **schemes}.items():
             if text in self._broken:
                 continue
@@ -165,7 +167,7 @@ class Measurer:
         seen, weight = subject.seen, subject.weight
         rows = sorted(seen.calls)
         common = {**self._about(text, scheme, weight, seen), **self._versions}
-        keys = {count: {"what": "time", "rows": count, **common} for count in rows}
+        keys = self._time_keys(common, seen)
         quality_key = {"what": "quality", **subject.values, **common}
         times = {count: Time(**found) for count, key in keys.items() if (found := self.cache.get(key))}
         known = self.cache.get(quality_key)
@@ -189,6 +191,36 @@ class Measurer:
             self.cache.put(keys[count], measure.as_dict(time))
         return quality, times | fresh, used
 
+    def _prepare(self, subject: Subject, schemes: Mapping[str, Scheme]) -> None:
+        """Have kernels compiled, by several children, for a shape that was not seen before."""
+        seen, weight = subject.seen, subject.weight
+        if self.isolate is False or seen.by_module:
+            return
+        shape = (weight.shape, weight.dtype, seen.dtype, seen.bias is None, *sorted(seen.calls))
+        if shape in self._prepared:
+            return
+        self._prepared.add(shape)
+        missing, rows = [], set()
+        for text, scheme in schemes.items():
+            if text in self._broken or (self.known and self.known.whole(subject.name, text, seen.calls)):
+                continue
+            common = {**self._about(text, scheme, weight, seen), **self._versions}
+            if self.cache.get({"what": "refusal", **common}) is None:
+                absent = {n for n, key in self._time_keys(common, seen).items() if not self.cache.get(key)}
+                rows |= absent
+                missing += [text] if absent else []
+        ended = self._workers.prepare(missing, subject.reference, sorted(rows), compiled=self.compiled)
+        for text, error in ended.items():
+            self._note(text, schemes[text], subject.name, error)
+
+    def _time_keys(self, common: dict[str, Any], seen: Seen) -> dict[int, dict[str, Any]]:
+        """Rows of a call → under what its time is kept."""
+        shapes = {rows: call_shape(call) for rows, call in seen.inputs.items()}
+        return {
+            rows: {"what": "time", "rows": rows, "inputs": shapes.get(rows), **common}
+            for rows in sorted(seen.calls)
+        }
+
     def _measure(
         self, text: str, scheme: Scheme | None, subject: Subject, rows: list[int]
     ) -> tuple[Quality, dict[int, Time], torch.Tensor | None]:
@@ -196,7 +228,7 @@ class Measurer:
         if self.isolate is True or (self.isolate == "auto" and rows):
             try:
                 asked = None if scheme is None else text
-                found = self._worker.measure(
+                found = self._workers.first.measure(
                     asked, layer.weight, layer.sample, layer.bias, rows, compiled=self.compiled
                 )
             except FaultError as error:
@@ -228,7 +260,7 @@ class Measurer:
         else:
             if self.isolate is True or (self.isolate == "auto" and rows):
                 one = subject.matrix
-                self._worker.measure(text, one.weight, one.sample, None, [], compiled=False)
+                self._workers.first.measure(text, one.weight, one.sample, None, [], compiled=False)
             used = subject.seen.layer.quantize(scheme)
             quality = subject.module_quality(used)
         return quality, {count: subject.module_time(used, count) for count in rows}, used
@@ -249,9 +281,8 @@ class Measurer:
 
     def _note(self, text: str, scheme: Scheme, layer: str, error: Exception) -> None:
         source = scheme_source(scheme)
-        hung = isinstance(error, FaultError) and "was ended" in str(error)
-        ended = hung or "ended its process" in str(error)
-        if ended:  # each try takes the whole limit, or a process
+        hung = isinstance(error, EndedError) and error.hung
+        if isinstance(error, EndedError):  # each try takes the whole limit, or a process
             self._broken.add(text)
         reason = measure.explained(error)
         fault = Faulty(text, "" if source is None else source.distribution, layer, reason, hung)

@@ -85,11 +85,15 @@ def module_values(seen: Seen, digests: Digests) -> dict[str, str]:
 
 
 def module_shape(seen: Seen) -> str:
-    """What time depends on beside the weight: the module's class, its weights' and inputs' shapes."""
-    calls = list(seen.inputs.values())
-    state = [(name, tuple(tensor.shape)) for name, tensor in calls[0].module.state_dict().items()]
-    inputs = [tuple(each.shape) for call in calls for each in tensors((call.args, call.kwargs))]
-    return f"{type(calls[0].module).__qualname__} {_short((seen.layer.owners[0][1], state, inputs))}"
+    """What time depends on beside the weight and the call: the module's class, and its weights' shapes."""
+    module = next(iter(seen.inputs.values())).module
+    state = [(name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()]
+    return f"{type(module).__qualname__} {_short((seen.layer.owners[0][1], state))}"
+
+
+def call_shape(call: Call) -> list[list[int]]:
+    """The shapes of a call's tensors."""
+    return [list(each.shape) for each in tensors((call.args, call.kwargs))]
 
 
 def _short(data: object) -> str:

@@ -11,6 +11,8 @@ from ao_autoquant.measure import Digests, Quality, Reference, Time, digest
 from ao_autoquant.modules import module_quality, module_time, module_values
 from ao_autoquant.profile import Seen
 
+_ROWS = 4096  # of a matrix on which a scheme is tried; an embedding has many more
+
 
 @dataclass(eq=False)
 class Subject:
@@ -38,9 +40,9 @@ class Subject:
 
     @cached_property
     def matrix(self) -> Reference:
-        """Of a weight that is measured with its module: one matrix, and inputs that fit it."""
+        """Of a weight that is measured with its module: rows of one matrix, and inputs that fit it."""
         matrix = self.weight.flatten(0, -3)[0] if self.weight.ndim > 2 else self.weight
-        return Reference(matrix, torch.randn_like(matrix[:8]), None)
+        return Reference(matrix[:_ROWS], torch.randn_like(matrix[:8]), None)
 
     @cached_property
     def values(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """A process that measures what is not known to work: one that hangs or crashes is ended, the search goes on.
 
 Parent and child exchange lines of JSON over pipes, and tensors in safetensors files. A weight is written and
-read once for all the candidates that are asked for in a row.
+read once for all the candidates that are asked for in a row. Where kernels have to be compiled, several
+children do so side by side before one of them measures.
 """
 
 from __future__ import annotations
@@ -14,14 +15,20 @@ import subprocess
 import sys
 import tempfile
 import threading
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
 from ao_autoquant import measure
-from ao_autoquant.measure import FaultError, Quality, Reference, Time
+from ao_autoquant.measure import EndedError, FaultError, Quality, Reference, Time
 from ao_core import RejectedError
+
+_MOST = 8  # children that compile
+_BYTES_EACH = 4 << 30  # of a GPU's memory, for one of them
+_LARGEST = 1 << 27  # elements of a weight that they all hold
 
 
 class Worker:
@@ -48,8 +55,11 @@ class Worker:
         rows: list[int],
         *,
         compiled: bool,
+        once: bool = False,
     ) -> tuple[Quality, dict[int, Time]]:
         """Quality, and the time for each number of rows, with ``scheme`` (its text), or in float.
+
+        ``once``: each number of rows is only run, and none timed.
 
         Raises:
             RejectedError: the scheme refuses these values.
@@ -63,6 +73,7 @@ class Worker:
             "device": str(weight.device),
             "rows": rows,
             "compiled": compiled,
+            "once": once,
             "threads": torch.get_num_threads(),
         }
         answer = self._ask(json.dumps(request))
@@ -109,13 +120,13 @@ class Worker:
             answer = self._answers.get(timeout=self.limit_s)
         except queue.Empty:
             self._end()
-            raise FaultError(f"it took more than {self.limit_s:g} s and was ended") from None
+            raise EndedError(f"it took more than {self.limit_s:g} s and was ended", hung=True) from None
         except OSError:
             answer = None
         if answer is None:
             code = process.wait()
             self._end()
-            raise FaultError(f"it ended its process (exit code {code})")
+            raise EndedError(f"it ended its process (exit code {code})", hung=False)
         found: dict[str, Any] = json.loads(answer)
         return found
 
@@ -147,6 +158,67 @@ class Worker:
             if pipe is not None:
                 with contextlib.suppress(OSError):
                     pipe.close()
+
+
+class Workers:
+    """One child that measures, and others that run what it will, so that kernels are compiled side by side.
+
+    Args:
+        limit_s: seconds that one request may take.
+    """
+
+    def __init__(self, limit_s: float) -> None:
+        self.first = Worker(limit_s)
+        self._all = [self.first]
+
+    def prepare(
+        self, schemes: Sequence[str], layer: Reference, rows: list[int], *, compiled: bool
+    ) -> dict[str, EndedError]:
+        """Run each scheme once; Triton and Inductor keep on disk what they compile.
+
+        Nothing is done where no second child has room, or nothing is compiled.
+
+        Returns:
+            Schemes that ended their child; other faults come again, and are told then.
+        """
+        weight = layer.weight
+        count = min(_crew(weight.device, compiled), len(schemes))
+        if count < 2 or weight.numel() > _LARGEST:
+            return {}
+        self._all += [Worker(self.first.limit_s) for _ in range(count - len(self._all))]
+        free: queue.Queue[Worker] = queue.Queue()
+        for worker in self._all:
+            free.put(worker)
+        ended = {}
+
+        def run(scheme: str) -> None:
+            worker = free.get()
+            try:
+                worker.measure(scheme, weight, layer.sample, layer.bias, rows, compiled=compiled, once=True)
+            except EndedError as error:
+                ended[scheme] = error
+            except (FaultError, RejectedError):
+                pass  # the child that measures says so again
+            finally:
+                free.put(worker)
+
+        with ThreadPoolExecutor(count) as threads:
+            list(threads.map(run, schemes))
+        return ended
+
+    def close(self) -> None:
+        """End all children."""
+        for worker in self._all:
+            worker.close()
+
+
+def _crew(device: torch.device, compiled: bool) -> int:
+    """How many children compile at once: half of the processors, as far as a GPU's free memory holds them."""
+    if device.type != "cuda" and not compiled:
+        return 1
+    processors = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    room = torch.cuda.mem_get_info(device)[0] // _BYTES_EACH if device.type == "cuda" else _MOST
+    return max(min(processors // 2, room, _MOST), 1)
 
 
 def _listen(pipe: IO[str], answers: queue.Queue[str | None]) -> None:
@@ -183,16 +255,16 @@ def _answer(request: dict[str, Any], files: _Files) -> dict[str, Any]:
     try:
         scheme = None if request["scheme"] is None else parse_scheme(request["scheme"])
         found, quantized = measure.quality(scheme, layer)
-        times = {
-            rows: measure.as_dict(
-                measure.timed(quantized, layer.sample, rows, layer.bias, compiled=request["compiled"])
-            )
+        call = measure.called if request["once"] else measure.timed
+        made = {
+            rows: call(quantized, layer.sample, rows, layer.bias, compiled=request["compiled"])
             for rows in request["rows"]
         }
     except RejectedError as error:
         return {"rejected": str(error)}
     except Exception as error:  # noqa: BLE001 - a stranger's code: the report names it
         return {"fault": measure.explained(error), "broken": not _usable(layer.weight.device)}
+    times = {rows: measure.as_dict(each) for rows, each in made.items() if isinstance(each, Time)}
     return {"quality": measure.as_dict(found), "times": times}
 
 
