@@ -72,11 +72,15 @@ def equal_codes(found: dict[str, torch.Tensor], kept: dict[str, torch.Tensor]) -
 
 
 class Phases:
-    """Seconds spent in some functions, the device waited for; a phase inside another counts once."""
+    """Seconds spent in some functions, the device waited for; a phase inside another counts once.
+
+    ``peaks``: the most bytes that were allocated on the device meanwhile; of what is outside, ``"other"``.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.seconds: dict[str, float] = defaultdict(float)
-        self._device, self._inside = device, 0.0
+        self.peaks: dict[str, int] = defaultdict(int)
+        self._device, self._inside, self._phase = device, 0.0, "other"
 
     def watch(self, owner: Any, name: str, phase: str) -> None:
         """Replace ``owner.name`` by itself, timed."""
@@ -86,15 +90,26 @@ class Phases:
         @functools.wraps(function)
         def timed(*args: Any, **kwargs: Any) -> Any:
             before, self._inside = self._inside, 0.0
-            start = self._now()
+            start, outer = self._now(), self._phase
+            self.look()
+            self._phase = phase
             try:
                 return function(*args, **kwargs)
             finally:
                 took = self._now() - start
+                self.look()
+                self._phase = outer
                 self.seconds[phase] += took - self._inside
                 self._inside = before + took
 
         return timed
+
+    def look(self) -> None:
+        """Count the peak since the last look for the phase that ran."""
+        if self._device.type == "cuda":
+            peak = torch.cuda.max_memory_allocated(self._device)
+            self.peaks[self._phase] = max(self.peaks[self._phase], peak)
+            torch.cuda.reset_peak_memory_stats(self._device)
 
     def _now(self) -> float:
         if self._device.type == "cuda":
@@ -147,6 +162,7 @@ def measure(options: argparse.Namespace, device: torch.device, phases: Phases) -
     if on_gpu:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        phases.peaks.clear()
     start = time.perf_counter()
     report = ao.compress_(
         model,
@@ -158,6 +174,7 @@ def measure(options: argparse.Namespace, device: torch.device, phases: Phases) -
         progress=True,
     )
     total = time.perf_counter() - start + met
+    phases.look()
     took = {name: round(seconds, 2) for name, seconds in sorted(phases.seconds.items())}
     took["other"] = round(total - sum(phases.seconds.values()), 2)
     digest = hashlib.sha256()
@@ -182,7 +199,8 @@ def measure(options: argparse.Namespace, device: torch.device, phases: Phases) -
         **{key: str(value) for key, value in vars(options).items() if key not in ("results", "codes")},
         "seconds": round(total, 2),
         "phases": processes.gathered(took),
-        "peak_device_bytes": torch.cuda.max_memory_allocated(device) if on_gpu else None,
+        "peak_device_bytes": processes.gathered(max(phases.peaks.values(), default=0)),
+        "peak_device_bytes_by_phase": processes.gathered(dict(phases.peaks)),
         "reserved_device_bytes": torch.cuda.max_memory_reserved(device) if on_gpu else None,
         "layers_rounded": len(notes),
         "error_over_rounded": sum(facts["error"] / facts["error_rounded"] for facts in notes) / len(notes),

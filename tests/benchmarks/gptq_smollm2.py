@@ -8,6 +8,7 @@ Needs what ``hatch run demo:data`` installs. Results of other seeds or options a
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import resource
 import statistics
@@ -66,6 +67,10 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     tokens = torch.tensor(loaded.tokenizer(tokens, verbose=False)["input_ids"][:TOKENS])
     reference = metrics.perplexity(model, tokens, context=CONTEXT)
     floats = {name: module.weight.detach() for name, module in model.named_modules() if _is_linear(module)}
+    rounded = copy.deepcopy(model)
+    rounded_names = set(ao.quantize_(rounded, options.scheme).converted)
+    rounding = metrics.delta_nll(reference, metrics.perplexity(rounded, tokens, context=CONTEXT))
+    del rounded
     unseen = _hessians(model, floats, ids[options.samples :])
 
     batches = list(ids[: options.samples].view(-1, min(8, options.samples), CONTEXT))
@@ -74,6 +79,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     report = ao.compress_(model, options.algorithm, batches, scheme=options.scheme)
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     above = _memory() - memory
+    if set(report.converted) != rounded_names:
+        raise RuntimeError("rounding and the algorithm converted different layers")
     delta = metrics.delta_nll(reference, metrics.perplexity(model, tokens, context=CONTEXT))
     ratios = {name: _ratio(model, name, floats[name], unseen[name]) for name in report.converted}
     kinds = sorted({name.rpartition(".")[2] for name in ratios})
@@ -84,6 +91,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         "fingerprint": fingerprint(options.device),
         "delta_nll": delta.mean,
         "delta_nll_se": delta.se,
+        "delta_nll_rounded": rounding.mean,
+        "delta_nll_rounded_se": rounding.se,
         "seconds": round(wall, 1),
         "cpu_seconds": round(cpu, 1),
         "peak_bytes_above_the_model": above,
