@@ -8,6 +8,8 @@ import torch
 
 from ao_core.numerics.hessian import damped_factor
 
+_ELEMENTS = 1 << 24  # that are reordered at a time
+
 
 @dataclass(frozen=True)
 class Factor:
@@ -54,8 +56,12 @@ class Factor:
         last_first = order.flip(0)
 
         def reverse() -> torch.Tensor:
-            # One gather: rows and columns in turn would be two matrices.
-            h = hessian[last_first.unsqueeze(1), last_first].to(torch.float32)
+            # Some rows at a time: one gather of both would hold an index of eight bytes for each element.
+            h = torch.empty_like(hessian, dtype=torch.float32)
+            step = max(_ELEMENTS // max(len(order), 1), 1)
+            for start in range(0, len(order), step):
+                rows = hessian[last_first[start : start + step]]
+                h[start : start + step] = rows.index_select(1, last_first)
             h.diagonal().copy_(importance[last_first])
             return h
 

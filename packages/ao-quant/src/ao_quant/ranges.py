@@ -123,21 +123,36 @@ def mse(
     ``pruned``: see :func:`exact_zero`, which then holds for every candidate.
     """
     low, high = groups.amin(-1), groups.amax(-1)
-    best = exact_zero(minmax(low, high, zero_point, dtype), pruned)
-    least = _squared_error(groups, real, best)
-    for step in range(1, steps):
-        cut = 0.5 * step / steps
-        if zero_point == "float":
-            narrower = ((high - low) * (cut / 2) + low, high - (high - low) * (cut / 2))
-        else:
-            narrower = (low * (1 - cut), high * (1 - cut))
-        trial = exact_zero(minmax(*narrower, zero_point, dtype), pruned)
-        best, least = _better(groups, real, trial, best, least)
+    cuts = [0.5 * step / steps for step in range(steps)]
+    if zero_point == "float":
+        less = (high - low) * _column([cut / 2 for cut in cuts], low)
+        ends = less + low, high - less
+    else:
+        share = _column([1 - cut for cut in cuts], low)
+        ends = low * share, high * share
+    trials = exact_zero(minmax(*ends, zero_point, dtype), pruned)  # [steps, ..., G]
+    errors = torch.stack([_squared_error(groups, real, _picked(trials, step)) for step in range(steps)])
+    # The first of the least.
+    numbers = torch.arange(steps, device=low.device).view(-1, *[1] * low.ndim)
+    least = errors.amin(0)
+    first = torch.where(errors == least, numbers, steps).amin(0, keepdim=True).remainder_(steps)
+    best = GroupParams(
+        trials.scale.gather(0, first)[0], None if trials.zero is None else trials.zero.gather(0, first)[0]
+    )
     if zero_point == "float":
         for _ in range(3):
             trial = exact_zero(_regression(groups, real, best), pruned)
             best, least = _better(groups, real, trial, best, least)
     return best
+
+
+def _column(values: list[float], like: Tensor) -> Tensor:
+    """``values`` as float32, one for each on a new first dimension before those of ``like``."""
+    return torch.tensor(values, device=like.device).view(-1, *[1] * like.ndim)
+
+
+def _picked(params: GroupParams, index: int) -> GroupParams:
+    return GroupParams(params.scale[index], None if params.zero is None else params.zero[index])
 
 
 def hqq(
@@ -243,45 +258,23 @@ def choose(weight: Tensor, *, group_size: int, zero_point: ZeroPoint, method: Me
     groups, real = grouped(weight, group_size)
     dtype = torch.float32 if weight.dtype == torch.float32 else torch.bfloat16
     pruned = ((groups == 0) & real).any(-1) if zero_point == "float" else None
-    count = 0 if pruned is None else int(pruned.sum())
-    if pruned is None or count == 0:
-        return _solved(groups, real, None, zero_point, method, dtype)
-    if count > pruned.numel() // 4:
-        return _solved(groups, real, pruned, zero_point, method, dtype)
-    # Weights that are not pruned hold a zero here and there: few groups need the care.
-    params = _solved(groups, real, None, zero_point, method, dtype)
-    few, mask = groups[pruned].unsqueeze(1), real.expand(groups.shape)[pruned].unsqueeze(1)
-    exact = _solved(few, mask, torch.ones_like(few[..., 0], dtype=torch.bool), zero_point, method, dtype)
-    assert params.zero is not None and exact.zero is not None
-    params.scale[pruned], params.zero[pruned] = exact.scale.squeeze(1), exact.zero.squeeze(1)
-    return params
-
-
-def _solved(
-    groups: Tensor,
-    real: Tensor,
-    pruned: Tensor | None,
-    zero_point: ZeroPoint,
-    method: Method,
-    dtype: torch.dtype,
-) -> GroupParams:
-    """:func:`choose` for ``groups`` ``[..., G, g]``, of which ``real`` ``[G, g]`` or ``[N, G, g]`` counts."""
+    if pruned is not None and not bool(pruned.any()):
+        pruned = None
     if method == "minmax":
         return exact_zero(minmax(groups.amin(-1), groups.amax(-1), zero_point, dtype), pruned)
     flat = groups.flatten(0, -3)  # [rows, G, g]
     # Both methods go over a group again and again: on a CPU it should stay in the cache.
-    on_cpu = groups.device.type == "cpu"
-    at_once = max(_IN_CACHE // (flat.shape[1] * flat.shape[2]), 1) if on_cpu else max(len(flat), 1)
-    parts = flat.split(at_once)
-    masks = [None] * len(parts) if pruned is None else pruned.flatten(0, -2).split(at_once)
-    reals = [real] * len(parts) if real.ndim == 2 else real.split(at_once)
-    found = [
-        mse(part, there, zero_point, dtype, pruned=mask)
+    at_once = (
+        max(_IN_CACHE // (flat.shape[1] * flat.shape[2]), 1) if weight.device.type == "cpu" else len(flat)
+    )
+    masks = [None] * len(flat) if pruned is None else pruned.flatten(0, -2).split(at_once)
+    parts = [
+        mse(part, real, zero_point, dtype, pruned=mask)
         if method == "mse"
-        else exact_zero(hqq(part, there, dtype), mask)
-        for part, there, mask in zip(parts, reals, masks, strict=True)
+        else exact_zero(hqq(part, real, dtype), mask)
+        for part, mask in zip(flat.split(at_once), masks, strict=False)
     ]
     shape = groups.shape[:-1]
-    zeros = [each.zero for each in found if each.zero is not None]
+    zeros = [part.zero for part in parts if part.zero is not None]
     zero = torch.cat(zeros).view(shape) if zeros else None
-    return GroupParams(torch.cat([each.scale for each in found]).view(shape), zero)
+    return GroupParams(torch.cat([part.scale for part in parts]).view(shape), zero)
