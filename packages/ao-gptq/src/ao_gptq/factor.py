@@ -8,8 +8,6 @@ import torch
 
 from ao_core.numerics.hessian import damped_factor
 
-_ELEMENTS = 1 << 24  # that are reordered at a time
-
 
 @dataclass(frozen=True)
 class Factor:
@@ -58,7 +56,7 @@ class Factor:
         def reverse() -> torch.Tensor:
             # Some rows at a time: one gather of both would hold an index of eight bytes for each element.
             h = torch.empty_like(hessian, dtype=torch.float32)
-            step = max(_ELEMENTS // max(len(order), 1), 1)
+            step = -(-len(order) // 16)
             for start in range(0, len(order), step):
                 rows = hessian[last_first[start : start + step]]
                 h[start : start + step] = rows.index_select(1, last_first)
