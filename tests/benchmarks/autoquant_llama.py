@@ -81,6 +81,15 @@ def searched(model: nn.Module, examples: Any, weights: list[float], options: arg
     return found, plan, facts
 
 
+def first_block(options: Any) -> dict[str, dict[str, list[float]]]:
+    """Layer → candidate → microseconds and their spread, of the first block and what lies outside blocks."""
+    wanted = {name: each for name, each in options.items() if not name.startswith("blocks.") or ".0." in name}
+    return {
+        name: {text: [round(option.us, 2), round(option.spread, 2)] for text, option in each.items()}
+        for name, each in wanted.items()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("file", type=Path)
@@ -117,7 +126,12 @@ def main() -> None:
         for choice in plan.layers.values():
             chosen[choice.scheme or "float"] = chosen.get(choice.scheme or "float", 0) + 1
         rejected = next(iter(found.rejected.values()), {})
-        data["searches"][name] = {"cold": facts, "warm": warm, "chosen": chosen, "rejected": rejected}
+        choices = {**found.uniform(), "plan": found.choose()}
+        data["searches"][name] = {
+            "cold": facts, "warm": warm, "chosen": chosen, "rejected": rejected,
+            "predicted_ms": {each: round(found.totals(of).us / 1e3, 3) for each, of in choices.items()},
+            "first_block_us": first_block(found.options),
+        }  # fmt: skip
         print(name, json.dumps(data["searches"][name]), flush=True)
     del model, found
     variants: dict[str, Any] = {"bfloat16": None}

@@ -2,9 +2,9 @@
 
     python tests/benchmarks/sparsity_accuracy.py FILE [NAME ...] [--device cuda]
 
-A name is ``ALGORITHM[ + ALGORITHM][ > SCHEME]``; ``one-shot`` before it gives all layers the inputs of the
-float model at once. What is in FILE already is not measured again. The model and the text are those of the
-demo, calibrated on 128 windows of 512 tokens and scored on 24, in float32; the model as it is shipped.
+A name is ``ALGORITHM[ + ALGORITHM][ > SCHEME]``. What is in FILE already is not measured again. The model and
+the text are those of the demo, calibrated on 128 windows of 512 tokens and scored on 24, in float32; the
+model as it is shipped.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ NAMES = (
     "wanda:pattern=2:4",
     "sparsegpt",
     "sparsegpt:pattern=2:4",
-    "one-shot wanda",
-    "one-shot wanda:pattern=2:4",
-    "one-shot wanda:pattern=4:8",
-    "one-shot wanda:per=layer",
-    "one-shot wanda:per=layer,squared=True",
+    "sparsegpt:sequential=False",
+    "sparsegpt:sequential=False,pattern=2:4",
+    "wanda:sequential=False",
+    "wanda:sequential=False,pattern=2:4",
+    "wanda:sequential=False,pattern=4:8",
+    "wanda:sequential=False,per=layer",
+    "wanda:sequential=False,per=layer,squared=True",
     "wanda:pattern=2:4 > semi-sparse",
     "wanda:pattern=2:4 > semi-sparse-int8-dynamic",
     "sparsegpt:pattern=2:4 > semi-sparse-int8-dynamic",
@@ -69,18 +71,12 @@ def main() -> None:
     batches = list(ids.to(device))
     reference = metrics.perplexity(loaded.model, tokens, context=CONTEXT)
     done["rows"]["float"] = {"perplexity": reference.perplexity}
-    norms: dict[str, torch.Tensor] = {}
     for name in given.names:
         if name in done["rows"]:
             continue
         model = copy.deepcopy(loaded.model)
         start = time.perf_counter()
-        if name.startswith("one-shot "):
-            norms = norms or _norms(model, batches)
-            _prune_at_once(model, name.removeprefix("one-shot "), norms)
-            row: dict[str, Any] = {}
-        else:
-            row = _compress(model, name, batches)
+        row = _compress(model, name, batches)
         row["seconds"] = time.perf_counter() - start
         score = metrics.perplexity(model, tokens, context=CONTEXT)
         delta = metrics.delta_nll(reference, score)
@@ -103,38 +99,6 @@ def _compress(model: nn.Module, name: str, batches: list[torch.Tensor]) -> dict[
     blind = all(each.startswith("magnitude") for each in listed)
     report = ao.compress_(model, listed, [batches[0][:1, :8]] if blind else batches, scheme=scheme or None)
     return {"layers": len(report.notes)}
-
-
-@torch.no_grad()
-def _norms(model: Any, batches: list[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """``‖x‖²`` of each column of each linear's input in the float model."""
-    found: dict[str, torch.Tensor] = {}
-
-    def hook(name: str) -> Any:
-        def add(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            found[name] = found.get(name, 0) + args[0].flatten(0, -2).square().sum(0)
-
-        return add
-
-    linears = {name: part for name, part in model.model.named_modules() if isinstance(part, nn.Linear)}
-    handles = [part.register_forward_pre_hook(hook(name)) for name, part in linears.items()]
-    for batch in batches:
-        model.model(batch, use_cache=False)
-    for handle in handles:
-        handle.remove()
-    return found
-
-
-@torch.no_grad()
-def _prune_at_once(model: Any, text: str, norms: dict[str, torch.Tensor]) -> None:
-    from ao_sparsity.masks import least
-    from ao_sparsity.wanda import wanda_scores
-
-    algorithm: Any = ao.parse_algorithm(text)
-    for name, norm in norms.items():
-        weight = model.model.get_submodule(name).weight
-        scores = wanda_scores(weight, norm, squared=algorithm.squared)
-        weight.masked_fill_(least(scores, algorithm.level), 0)
 
 
 def _show(rows: dict[str, dict[str, Any]]) -> None:

@@ -44,10 +44,11 @@ def test_levels_are_met_and_not_exceeded_a_second_time(name, options):
     assert all(torch.equal(value, once[key]) for key, value in model.state_dict().items())
 
 
-def test_the_inputs_are_those_of_pruned_blocks():
-    """By hand: the norm of what each linear sees, with the blocks before it pruned, but not its own."""
+@pytest.mark.parametrize("sequential", [True, False])
+def test_the_inputs_are_those_of_pruned_blocks_or_of_the_float_model(sequential):
+    """By hand: the norm of what each linear sees, the blocks before it pruned or not, its own not."""
     model, by_hand = model_of(), model_of()
-    ao.compress_(model, "wanda", data())
+    ao.compress_(model, f"wanda:sequential={sequential}", data())
     stream = [x.clone() for x in data()]
     with torch.no_grad():
         for block in by_hand:
@@ -65,12 +66,13 @@ def test_the_inputs_are_those_of_pruned_blocks():
                 block(x)
             for handle in handles:
                 handle.remove()
+            given = [block(x) for x in stream]
             for name in parts:
                 weight = block.get_submodule(name).weight
                 score = weight.double().abs() * seen[name].sqrt()
                 least = score.argsort(dim=-1)[:, : weight.shape[1] // 2]
                 weight.data.scatter_(1, least, 0)
-            stream = [block(x) for x in stream]
+            stream = [block(x) for x in stream] if sequential else given
     same = [
         torch.equal(a == 0, b == 0) for a, b in zip(model.parameters(), by_hand.parameters(), strict=True)
     ]
@@ -213,11 +215,13 @@ def test_experts_are_pruned_by_what_each_sees():
         ("wanda:pattern=2:4,sparsity=0.7", "pattern 2:4 makes 0.5 of the weights zero"),
         ("wanda:per=column", "per row or per layer"),
         ("wanda:squared=2", "squared true or false"),
+        ("sparsegpt:sequential=2", "sequential true or false"),
         ("wanda:rules=(*up)", "has no '='"),
         ("wanda:rules=(*up=7:4)", "1 <= n <= m"),
         ("sparsegpt:percdamp=2", "percdamp from 0 to 1"),
         ("sparsegpt:block_size=0", "block_size 1 or more"),
         ("magnitude:squared=True", "no option 'squared'"),
+        ("magnitude:sequential=False", "no option 'sequential'"),
     ],
 )
 def test_options_that_are_refused(text, words):

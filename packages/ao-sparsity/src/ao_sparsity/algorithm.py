@@ -38,8 +38,6 @@ class Pruning(BlockAlgorithm):
             pairs of a pattern (see :class:`ao_core.Rule`) and a level. The first that matches wins.
     """
 
-    collector: ClassVar[type[Collector] | None] = None
-
     sparsity: float | None = None
     pattern: str | None = None
     per: Per = "row"
@@ -112,7 +110,8 @@ class Pruning(BlockAlgorithm):
                 logger.warning("layer %s: %s", name, _UNSEEN)
 
     def _statistics(self, stage: Stage, names: list[str]) -> Mapping[str, Sequence[Any]]:
-        return {} if self.collector is None else stage.collect(self.collector, names)
+        """What the layers saw, where that counts: layer → a collector for each matrix."""
+        return {}
 
     def _one(
         self, weight: torch.Tensor, seen: Collector | None, level: Level
@@ -127,7 +126,7 @@ class Pruning(BlockAlgorithm):
 
         Args:
             weight: float ``[N, K]``.
-            seen: what :attr:`collector` collected, of at least one token.
+            seen: a collector of at least one token, or None where inputs don't count.
             level: how much becomes zero.
         """
 
@@ -145,7 +144,34 @@ class Magnitude(Pruning):
 
 
 @dataclass(frozen=True)
-class Wanda(Pruning):
+class Calibrated(Pruning):
+    """Pruning that looks at what layers see.
+
+    Attributes:
+        sequential: whether a block sees what the pruned blocks before it give; else all see what the float
+            model's blocks do, whose hidden states are then kept too.
+    """
+
+    collector: ClassVar[type[Collector]]
+
+    sequential: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.sequential, bool):
+            raise OptionError(f"{self.name} takes sequential true or false, found {self.sequential!r}.")
+
+    @property
+    def pairs(self) -> bool:
+        """See :class:`~ao_core.BlockAlgorithm`."""
+        return not self.sequential
+
+    def _statistics(self, stage: Stage, names: list[str]) -> Mapping[str, Sequence[Any]]:
+        return stage.collect(self.collector, names, floats=not self.sequential)
+
+
+@dataclass(frozen=True)
+class Wanda(Calibrated):
     """Zero the weights with the least ``|W| · ‖X‖₂``; the others stay as they are (arXiv 2306.11695).
 
     Attributes:
@@ -172,7 +198,7 @@ class Wanda(Pruning):
 
 
 @dataclass(frozen=True)
-class SparseGpt(Pruning):
+class SparseGpt(Calibrated):
     """Zero weights column by column, and let the later columns make up for it (arXiv 2301.00774).
 
     Attributes:

@@ -123,13 +123,18 @@ class Stage:
         return follow_all(partial(self.run, index), self.module, self.name)
 
     def collect(
-        self, make: Callable[[int, torch.device], C], names: Iterable[str] | None = None
+        self,
+        make: Callable[[int, torch.device], C],
+        names: Iterable[str] | None = None,
+        *,
+        floats: bool = False,
     ) -> dict[str, list[C]]:
         """Run all batches and collect what the layers see, as the stage is now.
 
         Args:
             make: a collector's class, or any function of (columns, device) that makes one.
             names: layers; by default all of :attr:`layers`.
+            floats: run the batches as the float model has them here, see :attr:`reference`.
 
         Returns:
             For each layer a collector for each of its matrices: one, or E of an expert stack. Layers
@@ -140,9 +145,10 @@ class Stage:
         """
         found, leaders = self._made(make, names)
         weights = {name: self._layers[name].weight for name in found}
+        inputs = (self.reference if floats else None) or self._inputs
         for index in range(self.batches):
-            with Observer(weights, partial(self._update, found, self._inputs.mask(index))):
-                self.run(index)
+            with Observer(weights, partial(self._update, found, inputs.mask(index))):
+                inputs.run(index)
         return self._collected(found, leaders)
 
     def collect_pairs(
