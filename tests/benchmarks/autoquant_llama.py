@@ -4,15 +4,15 @@
 
 Searches for decoding one token, for a prompt of 2048, and for a prompt with 128 tokens after it: from an
 empty cache, then again. Then every uniform scheme, and every plan, on a copy of the model: the step of one
-token and the prompt are captured as CUDA graphs, and replayed.
+token and the prompt are captured as CUDA graphs, and replayed in turns.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -29,7 +29,7 @@ from ao_core.plan import fingerprint
 
 SCHEMES = ("int4-weight-only:group_size=128", "nf4", "int8-weight-only", "float8-weight-only", "int8-dynamic")
 MIXES = {"decode": (0.0, 1.0), "prefill": (1.0, 0.0), "mix": (1.0, 128.0)}  # prompts, tokens after them
-PROMPT = 2048
+PROMPT, ROUNDS = 2048, 30
 
 
 def inputs(device: str, prompt: int) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
@@ -39,29 +39,43 @@ def inputs(device: str, prompt: int) -> dict[str, tuple[torch.Tensor, torch.Tens
     return {"prefill": (ids, torch.arange(prompt, device=device)), "decode": (token, at)}
 
 
-@torch.no_grad()
-def seconds(model: nn.Module, given: tuple[torch.Tensor, ...], replays: int) -> float:
-    """Of one run, the best of ``replays`` replays of its CUDA graph."""
-    if given[0].device.type == "cpu":
-        start = time.perf_counter()
-        model(*given)
-        return time.perf_counter() - start
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        for _ in range(2):
+class Run:
+    """A model and inputs, captured as a CUDA graph where there is a GPU."""
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, given: tuple[torch.Tensor, ...]) -> None:
+        self._model, self._given, self._graph = model, given, None
+        if given[0].device.type == "cpu":
             model(*given)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        model(*given)
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(replays + 1)]
-    graph.replay()
-    events[0].record()
-    for event in events[1:]:
-        graph.replay()
-        event.record()
-    torch.cuda.synchronize()
-    return min(a.elapsed_time(b) for a, b in itertools.pairwise(events)) / 1e3
+            return
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            for _ in range(2):
+                model(*given)
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self._graph):
+            model(*given)
+
+    @torch.no_grad()
+    def seconds(self) -> float:
+        """Of one run."""
+        if self._graph is None:
+            start = time.perf_counter()
+            self._model(*self._given)
+            return time.perf_counter() - start
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        self._graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end) / 1e3
+
+
+def in_turns(runs: dict[Any, Run], rounds: int) -> dict[Any, float]:
+    """The median of ``rounds`` runs of each, in turns: what slows the device down slows all of them down."""
+    taken = [{name: run.seconds() for name, run in runs.items()} for _ in range(rounds + 1)][1:]
+    return {name: statistics.median(each[name] for each in taken) for name in runs}
 
 
 def searched(model: nn.Module, examples: Any, weights: list[float], options: argparse.Namespace) -> Any:
@@ -138,19 +152,22 @@ def main() -> None:
     if not options.no_uniform:
         variants |= {name: name for name in SCHEMES}
     variants |= {f"plan for {name}": plan for name, plan in plans.items()}
-    for name, what in variants.items():
+    runs, stored = {}, {}
+    for name, what in variants.items():  # all of them are held: 80 GB
         model = random_model(device, **sizes)
         if isinstance(what, str):
             ao.quantize_(model, what)
         elif what is not None and any(choice.scheme for choice in what.layers.values()):
             ao.apply_(model, what)
-        row = {"what": name}
-        row |= {f"{part}_ms": round(1e3 * seconds(model, given[part], 20), 3) for part in given}
+        stored[name] = sum(ao.stored_bytes(each) for each in model.parameters())
+        runs |= {(name, part): Run(model, given[part]) for part in given}
+    took = in_turns(runs, ROUNDS)
+    for name in variants:
+        row = {"what": name, **{f"{part}_ms": round(1e3 * took[name, part], 3) for part in given}}
         row["mix_ms"] = round(row["prefill_ms"] + 128 * row["decode_ms"], 1)
-        row["stored_bytes"] = sum(ao.stored_bytes(each) for each in model.parameters())
+        row["stored_bytes"] = stored[name]
         data["rows"].append(row)
         print(json.dumps(row), flush=True)
-        del model
     temporary = options.file.with_suffix(".tmp")
     temporary.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     temporary.replace(options.file)

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from autoquant_llama import searched, seconds
+from autoquant_llama import ROUNDS, Run, in_turns, searched
 from torch import nn
 
 import ao_core as ao
@@ -83,18 +83,17 @@ def measured(model: nn.Module, images: torch.Tensor, options: argparse.Namespace
     found, plan, facts = searched(model, [(images,)], [1.0], options)
     used = Counter(choice.scheme or "float" for name, choice in plan.layers.items() if name in found.options)
     variants: dict[str, Any] = {"bfloat16": None, UNIFORM: UNIFORM, "plan": plan}
-    rows: dict[str, Any] = {}
+    rows, runs = {}, {}
     for name, what in variants.items():
         changed = copy.deepcopy(model)
         if isinstance(what, str):
             ao.quantize_(changed, what)
         elif what is not None and any(choice.scheme for choice in what.layers.values()):
             ao.apply_(changed, what)
-        rows[name] = {
-            "ms": round(1e3 * seconds(changed, (images,), 50), 4),
-            "stored_bytes": sum(ao.stored_bytes(each) for each in changed.parameters()),
-        }
-        del changed
+        rows[name] = {"stored_bytes": sum(ao.stored_bytes(each) for each in changed.parameters())}
+        runs[name] = Run(changed, (images,))
+    for name, took in in_turns(runs, ROUNDS).items():
+        rows[name]["ms"] = round(1e3 * took, 4)
     return {
         "search": facts,
         "chosen": dict(used),
