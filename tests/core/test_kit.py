@@ -116,6 +116,11 @@ def changes_the_weight():
     return scheme_with(choose_qparams=lambda self, weight: Right.choose_qparams(self, weight.clamp_(-2, 2)))
 
 
+def keeps_its_results():
+    kept = {}
+    return linear_with(lambda linear, x, bias: kept.setdefault(x.shape, linear(x, bias)))
+
+
 def divides_by_zero():
     def choose_qparams(self, weight):
         largest = weight.float().abs().amax(-1, keepdim=True)
@@ -182,6 +187,7 @@ WRONG_SCHEMES = {
         "check_smaller",
         lambda: scheme_with(encode=lambda self, w, qparams: Right.encode(self, w, qparams).int()),
     ),
+    "returns the same memory again": ("check_result_is_its_own", keeps_its_results),
     "divides by zero": ("check_degenerate_rows", divides_by_zero),
     "takes NaN": ("check_non_finite_refused", takes_anything),
     "hides its reason": ("check_rejections_are_raised", hides_the_reason),

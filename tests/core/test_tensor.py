@@ -121,3 +121,58 @@ def test_gradients_flow_through_a_transposed_product():
     weight, x = step_tensor(N, K), whole(5, K).requires_grad_()
     (x @ weight.t()).sum().backward()
     assert torch.equal(x.grad.double(), (weight.codes.double() * weight.step).sum(0).expand(5, K))
+
+
+@pytest.mark.parametrize("wanted", ["x", "bias", "both", "neither"])
+@pytest.mark.parametrize("shape", [(K,), (5, K), (2, 3, K)])
+def test_a_result_can_be_written_into(shape, wanted):
+    """``add_`` and ``mul_`` on what a linear returned, with the gradients of float64."""
+    weight, x, bias = step_tensor(N, K), whole(*shape), whole(N)
+    x.requires_grad_(wanted in ("x", "both"))
+    bias.requires_grad_(wanted in ("bias", "both"))
+    residual, factor = whole(*shape[:-1], N, seed=3), whole(*shape[:-1], N, seed=4)
+    wide_x, wide_bias = (t.detach().double().requires_grad_(t.requires_grad) for t in (x, bias))
+
+    out = F.linear(x, weight, bias)
+    out += residual
+    out.mul_(factor)
+    expected = (exact(wide_x, weight, wide_bias) + residual.double()) * factor.double()
+    assert torch.equal(out.double(), expected)
+    if wanted != "neither":
+        out.backward(factor)
+        expected.backward(factor.double())
+    for found, true in ((x, wide_x), (bias, wide_bias)):
+        assert found.grad is true.grad is None or torch.equal(found.grad.double(), true.grad)
+
+
+def test_a_result_that_is_written_into_is_no_copy():
+    class Noted(StepTensor):
+        def linear(self, x, bias):
+            self.made = super().linear(x, bias)
+            return self.made
+
+    weight = Noted(*step_tensor(N, K).stored().values(), None, shape=(N, K), dtype=torch.float32, step=0.5)
+    out = F.linear(whole(2, 3, K).requires_grad_(), weight, whole(N))
+    assert out.data_ptr() == weight.made.data_ptr()
+
+
+@pytest.mark.parametrize(
+    "product",
+    [
+        lambda x, stack: x @ stack.transpose(-2, -1),
+        lambda x, stack: torch.bmm(x, stack.transpose(-2, -1)),
+        lambda x, stack: torch.bmm(stack, x.transpose(1, 2)).transpose(1, 2),
+        lambda x, stack: torch.stack([torch.mm(x[0], stack[0].t()).mul_(1), F.linear(x[1], stack[1])]),
+        lambda x, stack: torch.stack([torch.addmm(x.new_zeros(N), x[i], stack[i].t()) for i in range(2)]),
+    ],
+    ids=["matmul", "bmm", "bmm from the left", "mm", "addmm"],
+)
+def test_other_products_can_be_written_into(product):
+    stack, x = step_tensor(2, N, K), whole(2, 5, K).requires_grad_()
+    factor = whole(2, 5, N, seed=3)
+    out = product(x, stack)
+    out.mul_(factor)
+    values = stack.codes.double() * stack.step
+    assert torch.equal(out.double(), x.double() @ values.mT * factor)
+    out.backward(torch.ones_like(out))
+    assert torch.equal(x.grad.double(), factor.double() @ values)

@@ -93,6 +93,19 @@ def test_compiled_gradients():
     assert torch.equal(module.bias.grad, torch.full((N,), 5.0))
 
 
+@pytest.mark.usefixtures("fresh_dynamo")
+@pytest.mark.parametrize("shape", [(5, K), (2, 3, K)])
+def test_compiled_results_can_be_written_into(shape):
+    module, x = linear_of(step_tensor(N, K)), whole(*shape).requires_grad_()
+    compiled = torch.compile(
+        lambda x: module(x).add_(1).mul_(2), fullgraph=True, dynamic=True, backend="aot_eager"
+    )
+    for rows in (x, whole(7, *shape[1:])):
+        assert torch.equal(compiled(rows), 2 * exact(rows, module.weight, module.bias).float() + 2)
+    compiled(x).sum().backward()
+    assert torch.equal(x.grad.double(), module.weight.codes.double().sum(0).expand(shape))
+
+
 @pytest.mark.skipif(
     shutil.which("g++") is None or " " in torch.__file__,
     reason="torch's default backend needs g++, and does not quote a path with a space",

@@ -23,7 +23,9 @@ class _Linear(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: QuantizedTensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
         ctx.weight = weight
-        return weight.linear(x, bias)
+        out = weight.linear(x, bias)
+        # Autograd lets nobody write into a view that was made here; this is the same memory, and none to it.
+        return aten._unsafe_view(out, out.shape)  # type: ignore[no-any-return]
 
     @staticmethod
     def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:

@@ -212,6 +212,21 @@ def check_gradient(scheme: Scheme, device: torch.device) -> None:
     torch.testing.assert_close(x.grad, upstream @ quantized.dequantize())
 
 
+def check_result_is_its_own(scheme: Scheme, device: torch.device) -> None:
+    """A result can be written into, with its gradient, and no later result is changed by that."""
+    quantized = scheme.quantize(gaussian(17, 100, device=device))
+    for rows in ((3,), (2, 3)):
+        x = gaussian(*rows, 100, device=device).requires_grad_()
+        upstream = gaussian(*rows, 17, device=device)
+        before = F.linear(x, quantized).detach().clone()
+        out = F.linear(x, quantized)
+        out *= upstream
+        assert torch.equal(out, before * upstream), f"an input {tuple(x.shape)} has another result"
+        out.backward(upstream)
+        torch.testing.assert_close(x.grad, upstream**2 @ quantized.dequantize())
+        assert torch.equal(F.linear(x, quantized), before), "a result is written into by a later one"
+
+
 def check_rows(scheme: Scheme, device: torch.device) -> None:
     """Slices, splits and look-ups of rows are those of the dequantized weight, or say they can't."""
     quantized = scheme.quantize(gaussian(17, 100, device=device))
