@@ -31,7 +31,7 @@ from search import SCHEMES, Search, search_
 import ao_core as ao
 from ao_autoquant import Budget
 from ao_autoquant.report import findings, html
-from ao_core import metrics
+from ao_core import metrics, token_speed
 
 console = Console(highlight=False)
 TOKENS, CONTEXT = 12_288, 512
@@ -46,7 +46,7 @@ class Result:
     name: str
     report: ao.Report | None
     score: metrics.Perplexity
-    speed: metrics.Speed
+    speed: token_speed.Speed
     bytes: int
     delta: metrics.Delta | None = None
 
@@ -145,7 +145,7 @@ def _measure(
         context=CONTEXT,
         progress=lambda now, total: bar.update(step, completed=done + now),
     )
-    speed = metrics.speed(model, tokens)
+    speed = token_speed.speed(model, tokens)
     return Result(name, report, score, speed, metrics.model_bytes(model).total)
 
 

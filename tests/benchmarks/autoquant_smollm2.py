@@ -35,7 +35,7 @@ from ao_autoquant.exchange import exchanged
 from ao_autoquant.pipeline import carry_out
 from ao_autoquant.profile import profile
 from ao_autoquant.sensitivity import Divergence, bounded
-from ao_core import metrics
+from ao_core import metrics, token_speed
 from ao_core.plan import fingerprint
 
 CONTEXT, SEARCHED, DECODED = 512, 4, 32
@@ -220,11 +220,11 @@ def quick(subject: Subject, found: Exploration) -> dict[str, Any]:
         budget=Budget(max_error=0.01), check=True, held=held,
     )  # fmt: skip
     schemes = list(outcome.chosen.values())
-    before = metrics.speed(subject.model, subject.held, prefill=256, decode=DECODED)
+    before = token_speed.speed(subject.model, subject.held, prefill=256, decode=DECODED)
     with torch.no_grad():
         weights = quantized(subject.model, outcome.chosen)
     with exchanged(weights):
-        after = metrics.speed(subject.model, subject.held, prefill=256, decode=DECODED)
+        after = token_speed.speed(subject.model, subject.held, prefill=256, decode=DECODED)
     return {
         "float": vars(before),
         "plan": vars(after),

@@ -1,4 +1,4 @@
-"""SQNR and bytes against the definitions."""
+"""SQNR, bytes and zeros against the definitions."""
 
 from __future__ import annotations
 
@@ -9,11 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from ao_core.metrics import (
-    model_bytes,
-    sqnr,
-    stored_bytes,
-)
+import ao_core as ao
+from ao_core.metrics import model_bytes, sparsity, sqnr, stored_bytes
 
 
 class Halved(torch.Tensor):
@@ -164,3 +161,24 @@ def test_model_bytes_on_the_meta_device():
     with torch.device("meta"):
         model = nn.Sequential(nn.Linear(16, 16, bias=False), nn.Linear(16, 16, bias=False))
     assert model_bytes(model).total == 2 * 16 * 16 * 4
+
+
+# zeros
+
+
+def test_sparsity_counts_zeros_of_linears_once():
+    """Tied heads are the embedding's; quantized weights count as they dequantize."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Embedding(10, 8), nn.Linear(8, 10, bias=False), nn.Linear(10, 3), nn.Linear(10, 3)
+    )
+    model[1].weight = model[0].weight
+    model[3].weight = model[2].weight
+    assert sparsity(model) == 0
+    with torch.no_grad():
+        model[0].weight.zero_()
+        model[2].weight[:, :5] = 0
+    assert sparsity(model) == 0.5
+    ao.quantize_(model, "int8-weight-only", include="2")
+    assert sparsity(model) == 0.5
+    assert math.isnan(sparsity(nn.Sequential(nn.ReLU())))

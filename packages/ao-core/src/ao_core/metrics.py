@@ -1,12 +1,9 @@
-"""What a change cost and what it brought: noise, stored bytes, perplexity, tokens per second."""
+"""What a change cost and what it brought: noise, stored bytes, zeros, perplexity."""
 
 from __future__ import annotations
 
-import inspect
 import math
-import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from ao_core.causal import accepted, check_tokens, device_of, evaluating
 from ao_core.errors import ModelError, OptionError
 
 _SPARSE_PARTS = {
@@ -233,15 +231,15 @@ def perplexity(
     """
     stride = context if stride is None else stride
     _check_windows(context, stride, batch_size)
-    _check_tokens(model, tokens, needed=context, positions=context)
+    check_tokens(model, tokens, needed=context, positions=context)
     windows = tokens.unfold(0, context, stride)  # [w, context], a view
     # The first window scores all but its first token, a later one what it adds.
     counts = [context - 1] + [min(stride, context - 1)] * (len(windows) - 1)
     means: list[float] = []
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in torch.split(windows, batch_size):
-            ids = batch.to(_device(model, tokens), torch.int64)  # [b, context]
-            logits = _logits(model(ids, **_options(model, use_cache=False)), ids)
+            ids = batch.to(device_of(model, tokens), torch.int64)  # [b, context]
+            logits = _logits(model(ids, **accepted(model, use_cache=False)), ids)
             for row, targets in zip(logits, ids, strict=True):
                 done = len(means)
                 means.append(_window_nll(row, targets, count=counts[done], start=done * stride))
@@ -290,74 +288,6 @@ def delta_nll(reference: Perplexity, other: Perplexity) -> Delta:
     return Delta(*_mean_and_se(differences, reference.counts))
 
 
-@dataclass(frozen=True)
-class Speed:
-    """Tokens per second of one sequence; decoding is None for a model without a KV cache."""
-
-    prefill_tokens_per_s: float
-    decode_tokens_per_s: float | None
-
-
-def speed(
-    model: nn.Module, tokens: Tensor, *, prefill: int = 256, decode: int = 32, repeats: int = 3
-) -> Speed:
-    """Time reading a prompt at once, then writing greedily one token a call.
-
-    The best of several runs counts, so that compiling and warming up do not. Decoding goes through
-    the cache that a Hugging Face model returns, and only the last position is turned into logits
-    where the model offers that, as in text generation.
-
-    Args:
-        model: as for :func:`perplexity`.
-        tokens: integers ``[n]``, of which the first ``prefill`` are read.
-        prefill: tokens read at once.
-        decode: tokens written.
-        repeats: runs, of which the best counts.
-
-    Raises:
-        OptionError: an option below 1, or more tokens than the model has positions.
-        ModelError: tokens of another form, too few of them or outside the vocabulary.
-    """
-    if min(prefill, decode, repeats) < 1:
-        raise OptionError(
-            f"prefill, decode and repeats must be 1 or more, found {prefill}, {decode} and {repeats}"
-        )
-    _check_tokens(model, tokens, needed=prefill, positions=prefill + decode)
-    ids = tokens[:prefill].to(_device(model, tokens), torch.int64)[None]  # [1, prefill]
-    with _evaluating(model), torch.no_grad():
-        runs = [_time_once(model, ids, decode) for _ in range(repeats)]
-    decoding = [seconds for _, seconds in runs if seconds is not None]
-    return Speed(
-        prefill_tokens_per_s=prefill / min(seconds for seconds, _ in runs),
-        decode_tokens_per_s=decode / min(decoding) if decoding else None,
-    )
-
-
-_CACHES = ("cache", "past_key_values")  # from transformers 5.24 or so on, and before
-
-
-def _time_once(model: nn.Module, ids: Tensor, decode: int) -> tuple[float, float | None]:
-    """Seconds of a prefill and of ``decode`` steps of one token (None without a cache)."""
-    options = _options(model, use_cache=True, logits_to_keep=1)
-    start = _now(ids.device)
-    output = model(ids, **options)
-    prefill_seconds = _now(ids.device) - start
-    kept = next((name for name in _CACHES if getattr(output, name, None) is not None), None)
-    if kept is None:
-        return prefill_seconds, None
-    start = _now(ids.device)
-    for _ in range(decode):
-        token = output.logits[:, -1].argmax(-1, keepdim=True)  # [1, 1]
-        output = model(token, **{kept: getattr(output, kept)}, **options)
-    return prefill_seconds, _now(ids.device) - start
-
-
-def _now(device: torch.device) -> float:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
 def _check_windows(context: int, stride: int, batch_size: int) -> None:
     if context < 2:
         raise OptionError(f"context must be 2 tokens or more to score one, found {context}")
@@ -365,29 +295,6 @@ def _check_windows(context: int, stride: int, batch_size: int) -> None:
         raise OptionError(f"stride must lie between 1 and the context {context}, found {stride}")
     if batch_size < 1:
         raise OptionError(f"batch_size must be 1 or more, found {batch_size}")
-
-
-def _check_tokens(model: nn.Module, tokens: Tensor, *, needed: int, positions: int) -> None:
-    config = getattr(model, "config", None)
-    limit = getattr(config, "max_position_embeddings", None)
-    if isinstance(limit, int) and positions > limit:
-        raise OptionError(f"{positions} tokens at once exceed the model's {limit} positions")
-    if tokens.dim() != 1 or tokens.is_floating_point() or tokens.dtype is torch.bool:
-        raise ModelError(
-            f"tokens must be integers in one dimension, found {tokens.dtype} of shape {tuple(tokens.shape)}"
-        )
-    if len(tokens) < needed:
-        raise ModelError(
-            f"the text has {len(tokens)} tokens and one window takes {needed}; "
-            "pass a longer text, or ask for a shorter window"
-        )
-    vocabulary = getattr(config, "vocab_size", None)
-    low, high = int(tokens.min()), int(tokens.max())
-    if low < 0 or (isinstance(vocabulary, int) and high >= vocabulary):
-        raise ModelError(
-            f"tokens from {low} to {high} do not fit a vocabulary of {vocabulary or 'any size'}; "
-            "tokenize the text with the model's own tokenizer"
-        )
 
 
 def _logits(output: Any, ids: Tensor) -> Tensor:
@@ -405,26 +312,3 @@ def _logits(output: Any, ids: Tensor) -> Tensor:
             "tokenize the text with the model's own tokenizer"
         )
     return logits
-
-
-def _options(model: nn.Module, **wanted: object) -> dict[str, Any]:
-    """Those of ``wanted`` that the model's forward takes by name."""
-    original: Any = getattr(model, "_orig_mod", model)  # torch.compile hides the signature
-    names = inspect.signature(original.forward).parameters
-    return {name: value for name, value in wanted.items() if name in names}
-
-
-def _device(model: nn.Module, tokens: Tensor) -> torch.device:
-    return next(iter((*model.parameters(), *model.buffers())), tokens).device
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, the mode that each module had afterwards."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training

@@ -69,7 +69,7 @@ def evaluate(
 ) -> None:
     """Measure MODEL: perplexity with its standard error, tokens a second, bytes, share of zeros."""
     output.show_log(verbose)
-    from ao_core import metrics
+    from ao_core import metrics, token_speed
     from ao_core.models import load_model, tokenize_file
     from ao_core.progress import reporting
 
@@ -82,7 +82,7 @@ def evaluate(
     tokens = tokenize_file(text, loaded.tokenizer, max_tokens=max_tokens)
     with reporting("scoring") as show:
         score = metrics.perplexity(loaded.model, tokens, context=context, stride=stride, progress=show)
-    timing = metrics.speed(loaded.model, tokens) if speed else None
+    timing = token_speed.speed(loaded.model, tokens) if speed else None
     result = {
         "model": model,
         "text": str(text),

@@ -1,9 +1,7 @@
-"""Tokens a second, microseconds of a call, zeros."""
+"""Tokens a second, by a clock that is known."""
 
 from __future__ import annotations
 
-import math
-import time
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +9,9 @@ import torch
 from metric_models import VOCABULARY, Bigram, text
 from torch import nn
 
-import ao_core as ao
 from ao_core.errors import ModelError, OptionError
-from ao_core.metrics import (
-    model_bytes,
-    perplexity,
-    sparsity,
-    speed,
-)
-from ao_core.timing import microseconds
-
-# speed
+from ao_core.metrics import model_bytes, perplexity
+from ao_core.token_speed import speed
 
 
 class Cached(nn.Module):
@@ -70,7 +60,7 @@ def test_speed_without_a_cache_is_prefill_only():
 
 def test_speed_counts_tokens_a_second(monkeypatch):
     clock = iter([0.0, 4.0, 10.0, 20.0, 30.0, 32.0, 40.0, 60.0])
-    monkeypatch.setattr("ao_core.metrics.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("ao_core.token_speed.time.perf_counter", lambda: next(clock))
     found = speed(Cached(), text(), prefill=8, decode=5, repeats=2)
     assert found.prefill_tokens_per_s == 8 / 2.0
     assert found.decode_tokens_per_s == 5 / 10.0
@@ -94,35 +84,3 @@ def test_on_cuda():
     assert perplexity(model, text(), context=10).nll == pytest.approx(on_host.nll, rel=1e-5)
     assert speed(model, text(), prefill=8).prefill_tokens_per_s > 0
     assert model_bytes(model).total == VOCABULARY**2 * 4
-
-
-def test_microseconds_of_one_call():
-    calls = []
-
-    def slow():
-        calls.append(1)
-        time.sleep(0.002)
-
-    found = microseconds([slow, slow], "cpu", replays=3)
-    assert len(calls) == 7  # one that does not count, and three rounds of two
-    assert found >= 2000  # what sleeping takes at least
-    with pytest.raises(ValueError, match="at least one call"):
-        microseconds([], "cpu")
-
-
-def test_sparsity_counts_zeros_of_linears_once():
-    """Tied heads are the embedding's; quantized weights count as they dequantize."""
-    torch.manual_seed(0)
-    model = nn.Sequential(
-        nn.Embedding(10, 8), nn.Linear(8, 10, bias=False), nn.Linear(10, 3), nn.Linear(10, 3)
-    )
-    model[1].weight = model[0].weight
-    model[3].weight = model[2].weight
-    assert sparsity(model) == 0
-    with torch.no_grad():
-        model[0].weight.zero_()
-        model[2].weight[:, :5] = 0
-    assert sparsity(model) == 0.5
-    ao.quantize_(model, "int8-weight-only", include="2")
-    assert sparsity(model) == 0.5
-    assert math.isnan(sparsity(nn.Sequential(nn.ReLU())))
