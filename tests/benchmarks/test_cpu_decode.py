@@ -9,6 +9,7 @@ import torch
 from timing import interleaved
 
 import ao_core as ao
+from ao_core.causal import cache_name
 
 transformers = pytest.importorskip("transformers")
 FOUR_BITS = ("int4-weight-only", "int8-dynamic-int4-weight", "nf4")
@@ -58,15 +59,16 @@ def test_decode(benchmark, model, scheme, mode):
 
 def _decoder(model, *, compiled):
     """A function that reads a prompt and decodes a few tokens with a static cache."""
-    cache = transformers.StaticCache(config=model.config, max_cache_len=ROOM)
     forward = torch.compile(model.forward, fullgraph=True) if compiled else model.forward
+    token = torch.tensor([[7]])
     with torch.no_grad():
-        model(input_ids=torch.arange(PROMPT)[None], past_key_values=cache)
+        name = cache_name(model(input_ids=token))
+        cache = {name: transformers.StaticCache(config=model.config, max_cache_len=ROOM)}
+        model(input_ids=torch.arange(PROMPT)[None], **cache)
 
     def run():
-        token = torch.tensor([[7]])
         for _ in range(STEPS):
-            out = forward(input_ids=token, past_key_values=cache)
+            out = forward(input_ids=token, **cache)
         return out.logits
 
     return run
