@@ -84,6 +84,7 @@ def dense(
         *weight: see there.
     """
     experts, n = weight[0].shape[:2]
+    check_experts(x, offsets, experts)
     if offsets is None:
         rows = x.reshape(experts, -1, x.shape[1])
         return torch.bmm(rows, decode(x, *weight).transpose(1, 2)).view(x.shape[0], n)
@@ -115,7 +116,6 @@ def _experts_op(linear: Op, decode: Callable[..., torch.Tensor]) -> tuple[Op, li
 
     def run(x: torch.Tensor, offsets: torch.Tensor | None, *weight: Any) -> torch.Tensor:
         """On a CPU the linear of each expert that has rows; elsewhere the stack in floats, if possible."""
-        check_experts(x, offsets, weight[0].shape[0])
         found = None if x.device.type == "cpu" or not x.numel() else dense(decode, x, offsets, *weight)
         return by_expert(linear, x, offsets, *weight) if found is None else found
 

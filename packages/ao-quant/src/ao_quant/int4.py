@@ -8,7 +8,7 @@ from typing import ClassVar, get_args
 import torch
 
 from ao_core import OptionError, QParams, QuantizedTensor, Scheme
-from ao_core.numerics import affine, pack
+from ao_core.numerics import pack
 from ao_quant import int4_tiles, ranges
 from ao_quant.experts_ops import INT4_EXPERTS_LINEAR
 from ao_quant.int4_ops import (
@@ -170,17 +170,14 @@ class _Int4(Scheme):
 
     def encode(self, weight: torch.Tensor, qparams: QParams) -> torch.Tensor:
         """Codes ``uint8 [..., N, C]`` in [0, 15]."""
-        scale, zero = self._by_column(qparams, weight.shape[-1])
-        return ranges.encode(weight, scale, zero).to(torch.uint8)
+        return ranges.encode(weight, *self._by_column(qparams, weight.shape[-1])).to(torch.uint8)
 
     def decode(self, codes: torch.Tensor, qparams: QParams) -> torch.Tensor:
         """``(q - 8) * scale + zero`` or ``(q - zero) * scale``, float32."""
-        scale, zero = self._by_column(qparams, codes.shape[-1])
-        return ranges.decode(codes, scale, zero)
+        return ranges.decode(codes, *self._by_column(qparams, codes.shape[-1]))
 
     def _by_column(self, qparams: QParams, columns: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        wide = {name: affine.expand_groups(q, columns, self.group_size) for name, q in qparams.items()}
-        return wide["scale"], wide.get("zero")
+        return ranges.by_column(qparams["scale"], qparams.get("zero"), columns, self.group_size)
 
 
 @dataclass(frozen=True)

@@ -16,10 +16,8 @@ import torch
 
 from ao_core import Kernel, Op
 from ao_core.numerics import affine, pack
+from ao_quant import ranges
 from ao_quant.decoded import check_packed_input, fake, linear_by_rows, linear_float32, rejects_device
-
-MIDDLE = 8
-"""The code that stands for zero where there is no integer zero point."""
 
 
 def dequantize_int4(
@@ -45,15 +43,8 @@ def dequantize_int4(
     Raises:
         ValueError: packed codes or scales that do not fit ``columns``.
     """
-    steps = pack.unpack(packed, bits=4, columns=columns).to(torch.float32)
-    if zero is not None and not zero.is_floating_point():
-        steps -= affine.expand_groups(zero.to(torch.float32), columns, group_size)
-    else:
-        steps -= MIDDLE
-    steps *= affine.expand_groups(scale.to(torch.float32), columns, group_size)
-    if zero is not None and zero.is_floating_point():
-        steps += affine.expand_groups(zero.to(torch.float32), columns, group_size)
-    return steps.to(dtype)
+    codes = pack.unpack(packed, bits=4, columns=columns)
+    return ranges.decode(codes, *ranges.by_column(scale, zero, columns, group_size)).to(dtype)
 
 
 def quantize_token(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +101,7 @@ def dynamic_linear_reference(
     check_packed_input(x, packed)
     k = x.shape[-1]
     steps, x_scale = quantize_token(x)
-    codes = pack.unpack(packed, bits=4, columns=k).double() - MIDDLE  # [N, K]
+    codes = pack.unpack(packed, bits=4, columns=k).double() - ranges.MIDDLE  # [N, K]
     size = k if group_size < 0 else group_size
     out = x_scale.new_zeros(*x.shape[:-1], packed.shape[0])
     for group, start in enumerate(range(0, k, size)):

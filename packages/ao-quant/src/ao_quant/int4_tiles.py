@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ao_core import Kernel, Key, Op, kernel_for
-from ao_core.numerics import affine, pack
+from ao_core.numerics import pack
 from ao_quant import ranges
 from ao_quant.decoded import linear_by_rows, linear_float32
-from ao_quant.int4_ops import INT4_WEIGHT_LINEAR, MIDDLE
-from ao_quant.ranges import ZeroPoint
+from ao_quant.int4_ops import INT4_WEIGHT_LINEAR
+from ao_quant.ranges import MIDDLE, ZeroPoint
 
 if TYPE_CHECKING:
     from ao_quant.int4 import Int4Tensor
@@ -214,9 +214,7 @@ def _dequantized(
     group_size, zero_point, tiling = options
     shape = (rows, x.shape[-1])
     codes, scale, zero = untile(tiles, scale_and_zero, shape, group_size, zero_point, tiling)
-    scale = affine.expand_groups(scale, shape[1], group_size)
-    zero = None if zero is None else affine.expand_groups(zero, shape[1], group_size)
-    return ranges.decode(codes, scale, zero).to(dtype)
+    return ranges.decode(codes, *ranges.by_column(scale, zero, shape[1], group_size)).to(dtype)
 
 
 def tiled_linear_reference(

@@ -14,11 +14,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ao_core.numerics import affine
+
 ZeroPoint = Literal["float", "integer"] | None
 Method = Literal["minmax", "mse", "hqq"]
 
 QMAX = 15
 MIDDLE = 8
+"""The code that stands for zero where there is no integer zero point."""
 _TINY = 1e-30
 # A group that hardly varies: a bfloat16 midpoint is off by up to 2 ** -9 of itself, and codes must reach over
 # that.
@@ -78,11 +81,26 @@ def encode(values: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
 
 def decode(codes: Tensor, scale: Tensor, zero: Tensor | None) -> Tensor:
     """What ``codes`` stand for, float32: ``(q - 8) * scale + zero``, or ``(q - zero) * scale``."""
-    steps = codes.to(torch.float32)
-    if zero is None or zero.is_floating_point():
-        values = (steps - MIDDLE) * scale.to(torch.float32)
-        return values if zero is None else values + zero.to(torch.float32)
-    return (steps - zero.to(torch.float32)) * scale.to(torch.float32)
+    values = codes.to(torch.float32, copy=True)
+    if zero is not None and not zero.is_floating_point():
+        return values.sub_(zero).mul_(scale)
+    values.sub_(MIDDLE).mul_(scale)
+    return values if zero is None else values.add_(zero)
+
+
+def by_column(
+    scale: Tensor, zero: Tensor | None, columns: int, group_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """Parameters of groups ``[..., G]`` as each column's own ``[..., columns]``; floats become float32.
+
+    Raises:
+        ValueError: they do not fit ``columns``.
+    """
+    wide = affine.expand_groups(scale.to(torch.float32), columns, group_size)
+    if zero is None:
+        return wide, None
+    zero = zero.to(torch.float32) if zero.is_floating_point() else zero
+    return wide, affine.expand_groups(zero, columns, group_size)
 
 
 def exact_zero(params: GroupParams, pruned: Tensor | None) -> GroupParams:

@@ -11,7 +11,7 @@ import torch
 from ao_core import QParams, Scheme
 from ao_core.numerics import pack
 from ao_quant.int4 import Int4Tensor
-from ao_quant.int4_ops import MIDDLE
+from ao_quant.ranges import MIDDLE
 
 aten = torch.ops.aten
 _UINT4: torch.dtype = torch.uint4  # type: ignore[attr-defined]
