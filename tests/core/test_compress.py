@@ -1,104 +1,16 @@
-"""From algorithms and batches to a compressed model: who takes turns, what is said, what is put back."""
+"""From algorithms and batches to a compressed model: who takes turns, and what is said."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
-from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from turn_takers import LOG, SCHEME, Block, Halve, data, make
 
 import ao_core as ao
-from ao_core import plugins, registry
-from ao_core.algorithm import ALGORITHMS
-from ao_core.calibrate import SquaredNorm
 
-SOURCE = registry.Source("tests", "tests", "1")
-SCHEME = "int8-weight-only"
-pytestmark = pytest.mark.usefixtures("plain_environment")
-LOG: list[tuple[str, str]] = []
-
-
-@dataclass(frozen=True)
-class Halve(ao.BlockAlgorithm):
-    """Halves the weights it is told to, and notes what they saw."""
-
-    name: ClassVar[str] = "halve"
-    only: str = ""
-    fail: str = ""
-
-    def visit(self, stage):
-        LOG.append((self.name, stage.name))
-        for name, (norm,) in stage.collect(SquaredNorm).items():
-            if self.only in name:
-                stage.replace(name, stage.weight(name) / 2)
-                stage.note(name, norm=float(norm.value.sum()))
-        if self.fail and self.fail == stage.name:
-            raise RuntimeError("it failed")
-
-
-@dataclass(frozen=True)
-class Quantize(ao.BlockAlgorithm):
-    """Quantizes weights ending in ``only`` itself, with a scheme of its own."""
-
-    name: ClassVar[str] = "quantize"
-    only: str = "up"
-    scheme: str | None = None
-
-    def visit(self, stage):
-        LOG.append((self.name, stage.name))
-        for name in stage.layers:
-            if name.endswith(self.only):
-                stage.replace(name, stage.schemes[name].quantize(stage.weight(name).round(decimals=2)))
-
-    def rejects(self, scheme):
-        return "it needs a scheme" if scheme is None else None
-
-
-class Alone:
-    """An algorithm that walks no blocks."""
-
-    name = "alone"
-
-    def run(self, model, plan, batches):
-        LOG.append((self.name, f"{len(batches)} batches"))
-        return (
-            ao.apply_(model, plan)
-            if any(c.scheme for c in plan.layers.values())
-            else ao.Report(plan, 1, 1, 0, 0)
-        )
-
-
-@pytest.fixture(autouse=True)
-def _algorithms():
-    plugins.load()
-    for kind in (Halve, Quantize, Alone):
-        ALGORITHMS.add(kind.name, kind, SOURCE)
-    LOG.clear()
-    yield
-    plugins.reset()
-
-
-class Block(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = nn.Linear(17, 23), nn.Linear(23, 17)
-
-    def forward(self, x):
-        return x + self.down(torch.relu(self.up(x)))
-
-
-def make(blocks=2):
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(5, 17), nn.Sequential(*[Block() for _ in range(blocks)]), nn.Linear(17, 3))
-
-
-def data():
-    generator = torch.Generator().manual_seed(1)
-    return [torch.randn(3, 5, generator=generator), torch.randn(1, 5, generator=generator)]
-
+pytestmark = pytest.mark.usefixtures("plain_environment", "turn_takers")
 
 LAYERS = {"0", "1.0.up", "1.0.down", "1.1.up", "1.1.down", "2"}
 
@@ -205,28 +117,6 @@ def test_tied_weights_stay_tied():
     assert isinstance(model[1][0].up.weight, ao.QuantizedTensor)
 
 
-@pytest.mark.parametrize("stop", ["1.0", "1.1", ""])
-def test_an_error_leaves_the_model_as_it_was(stop):
-    model = make()
-    before, state = dict(model.named_parameters()), {n: t.clone() for n, t in model.state_dict().items()}
-    with pytest.raises(RuntimeError, match="it failed"):
-        ao.compress_(model, ["halve", Halve(fail=stop or "?")], data(), scheme=SCHEME) if stop else (
-            ao.compress_(model, ["halve", LateError()], data(), scheme=SCHEME)
-        )
-    for name, parameter in model.named_parameters():
-        assert parameter is before[name]
-        assert torch.equal(parameter, state[name])
-    assert model.training
-
-
-class LateError(ao.BlockAlgorithm):
-    name = "late"
-
-    def visit(self, stage):
-        if not stage.name:
-            raise RuntimeError("it failed")
-
-
 def test_an_algorithm_may_look_at_the_whole_model_before_its_first_block():
     """Every stage in float, whatever is done to one is undone, and only the real walk's notes remain."""
 
@@ -262,21 +152,6 @@ def test_an_algorithm_may_look_at_the_whole_model_before_its_first_block():
         assert torch.equal(parameter, weights[name])
 
 
-def test_a_weight_that_becomes_infinite_is_refused():
-    model = make()
-
-    class Burst(ao.BlockAlgorithm):
-        name = "burst"
-
-        def visit(self, stage):
-            if stage.name == "1.1":
-                stage.replace("1.1.up", stage.weight("1.1.up") * torch.inf)
-
-    with pytest.raises(ao.RejectedError, match="NaN or infinite"):
-        ao.compress_(model, Burst(), data(), scheme=SCHEME)
-    assert torch.equal(model[1][0].up.weight, make()[1][0].up.weight)
-
-
 def test_an_algorithm_that_takes_the_whole_model():
     report = ao.compress_(make(), "alone", iter(data()), scheme=SCHEME)
     assert isinstance(report, ao.CompressReport) and report.walk == "by alone itself"
@@ -286,46 +161,6 @@ def test_an_algorithm_that_takes_the_whole_model():
     assert report.skipped["0"] == "no scheme was given: it stays in float"
     with pytest.raises(ao.OptionError, match=r"'alone' takes the whole model for itself.*not with halve"):
         ao.compress_(make(), ["halve", "alone"], data(), scheme=SCHEME)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "words"),
-    [
-        ({"algorithms": []}, ao.OptionError, "no algorithm was given"),
-        ({"algorithms": "havle"}, ao.UnknownNameError, r"unknown algorithm 'havle'. Did you mean 'halve'"),
-        ({"algorithms": "halve:size=3"}, ao.OptionError, r"'halve' has no option 'size'; it has only, fail"),
-        ({"algorithms": "alone:size=3"}, ao.OptionError, r"'alone' has no option 'size'; it has none"),
-        ({"algorithms": "halve:only"}, ao.OptionError, "'only' has no '='"),
-        ({"batches": []}, ao.OptionError, "the list of batches is empty"),
-        ({"scheme": "int9"}, ao.UnknownNameError, "unknown scheme 'int9'"),
-        ({"include": "9*"}, ao.PlanError, "rule '9\\*' matches none"),
-        ({"scheme": None, "include": "9*"}, ao.PlanError, "rule '9\\*' matches none"),
-        ({"scheme": None, "algorithms": "quantize"}, ao.OptionError, "quantize can't be applied: it needs"),
-        ({"algorithms": "quantize:scheme=int8-dynamic"}, ao.OptionError, "several schemes were given"),
-        ({"scheme": [ao.Rule("*", SCHEME)], "include": "0"}, ao.PlanError, "takes no options, include"),
-        ({"scheme": "plan", "exclude": "0"}, ao.OptionError, "a plan takes no include or exclude"),
-        ({"device": "meta"}, ao.OptionError, "device='meta' holds no values"),
-    ],
-)
-def test_what_is_refused_before_anything_changes(call, error, words):
-    model = make()
-    before = {name: (parameter, parameter.clone()) for name, parameter in model.named_parameters()}
-    given = {"algorithms": "halve", "batches": data(), "scheme": SCHEME, **call}
-    if given["scheme"] == "plan":
-        given["scheme"] = ao.resolve(model, [ao.Rule("*", SCHEME)])
-    with pytest.raises(error, match=words):
-        ao.compress_(model, **given)
-    assert LOG == []
-    for name, parameter in model.named_parameters():
-        assert parameter is before[name][0] and torch.equal(parameter, before[name][1])
-
-
-def test_a_damaged_weight_is_refused_before_anything_changes():
-    model = make()
-    model[1][1].down.weight.data[2, 3] = torch.nan
-    with pytest.raises(ao.RejectedError, match=r"layer '1.1.down'.*1 of its 391 values"):
-        ao.compress_(model, "halve", data(), scheme=SCHEME)
-    assert LOG == []
 
 
 def test_names_and_texts():

@@ -1,4 +1,4 @@
-"""SmoothQuant: equation 4, where the factors go, and that it helps."""
+"""SmoothQuant: equation 4, that it helps, and what is refused."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import copy
 
 import pytest
 import torch
+from smoothed_models import EXPLICIT, FOLDED, SCHEME, Block, model_of, outlying, smoothed
 from torch import nn
 
 import ao_core as ao
 from ao_quant.smoothquant import GRID, SmoothQuant, column_absmax, output_error, smoothing_factors
-
-SCHEME = "int8-dynamic"
-FOLDED, EXPLICIT = "folded into ", "explicit input scale"
 
 
 def test_equation_4():
@@ -43,189 +41,6 @@ def test_the_error_is_that_of_the_output():
     assert output_error(x, [w], [scheme], s) == pytest.approx(float(relative), rel=1e-4)
     both = output_error(x, [w, w], [scheme, scheme], s)
     assert both == pytest.approx(output_error(x, [w], [scheme], s), rel=1e-6)
-
-
-class RMSNorm(nn.Module):
-    """``weight`` times, or with ``offset`` ``1 + weight`` times, the normalized input."""
-
-    def __init__(self, size, offset=False):
-        super().__init__()
-        self.weight, self.offset = nn.Parameter(torch.rand(size) + 0.5 - float(offset)), float(offset)
-
-    def forward(self, x):
-        return (self.weight + self.offset) * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
-
-
-class Block(nn.Module):
-    """Two linears on a norm, multiplied, and one on the product: SwiGLU, or with ``relu`` without gate."""
-
-    def __init__(self, norm=RMSNorm, activation=nn.functional.silu, bias=False, twice=False):
-        super().__init__()
-        self.norm = norm(17)
-        self.gate, self.up = nn.Linear(17, 23, bias=bias), nn.Linear(17, 23, bias=bias)
-        self.down = nn.Linear(23, 17, bias=bias)
-        self.activation, self.twice = activation, twice
-
-    def forward(self, x):
-        y = self.norm(x)
-        out = self.down(self.activation(self.gate(y)) * self.up(y))
-        return (y if self.twice else x) + out
-
-
-def model_of(**options):
-    torch.manual_seed(0)
-    return nn.Sequential(*[Block(**options) for _ in range(2)]).eval()
-
-
-def outlying(rows=64, columns=17):
-    """Inputs with two channels fifty times as large as the others."""
-    x = torch.randn(2, rows, columns, generator=torch.Generator().manual_seed(3))
-    x[..., [3, 11]] *= 50
-    return [x[:1], x[1:]]
-
-
-def smoothed(model, data, *, exclude=None, **options):
-    """The report, and for each layer where its factors went."""
-    report = ao.compress_(model, SmoothQuant(**options), data, scheme=SCHEME, exclude=exclude)
-    return report, {name: note.get("smoothquant", "") for name, note in report.notes.items()}
-
-
-@pytest.mark.parametrize(
-    "norm",
-    [nn.LayerNorm, RMSNorm, lambda size: RMSNorm(size, offset=True)],
-    ids=["LayerNorm", "RMSNorm", "1 + weight"],
-)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_fold_into_a_norm(norm, dtype):
-    """The norm gives the smoothed input, and the model computes what it did."""
-    model = model_of(norm=norm).to(dtype)
-    for part in model.modules():
-        if isinstance(part, nn.LayerNorm):
-            part.bias.data += torch.randn(17) * 0.1
-    data = [batch.to(dtype) for batch in outlying()]
-    before, reference = copy.deepcopy(model), model(data[0]).detach()
-    report, where = smoothed(model, data, alpha=0.5, exclude="*down")  # whose factors would change up
-    assert where["0.gate"] == where["0.up"] == f"{FOLDED}0.norm"
-    with torch.no_grad():
-        x = torch.cat([before[0].norm(batch).reshape(-1, 17) for batch in data]).double()
-        w = torch.cat([before[0].gate.weight, before[0].up.weight]).abs().amax(0).double()
-        s = x.abs().amax(0).sqrt() / w.sqrt()
-        found, expected = model[0].norm(data[0]) * s, before[0].norm(data[0]).double()
-    tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2}[dtype]
-    torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
-    assert ao.sqnr(reference, model(data[0])) > 25
-    assert report.notes["0.up"]["alpha"] == 0.5
-
-
-def test_weights_are_scaled_before_they_are_quantized():
-    model = model_of()
-    before, data = copy.deepcopy(model), outlying()
-    smoothed(model, data, alpha=0.5, exclude="*down")
-    with torch.no_grad():
-        x = torch.cat([before[0].norm(batch).reshape(-1, 17) for batch in data])
-    s = smoothing_factors(x.abs().amax(0), column_absmax([before[0].gate.weight, before[0].up.weight]), 0.5)
-    expected = ao.parse_scheme(SCHEME).quantize(before[0].gate.weight.detach() * s)
-    assert torch.equal(model[0].gate.weight.codes, expected.codes)
-    torch.testing.assert_close(model[0].norm.weight, before[0].norm.weight / s)
-
-
-def test_factors_know_what_later_ones_did_to_the_weights():
-    """Down's factors divide up's rows; only then are the maxima of up's columns taken."""
-    model = model_of()
-    before, data = copy.deepcopy(model), outlying()
-    smoothed(model, data, alpha=0.5)
-    gate, up, down = before[0].gate.weight, before[0].up.weight, before[0].down.weight
-    with torch.no_grad():
-        x = torch.cat([before[0].norm(batch).reshape(-1, 17) for batch in data])
-        hidden = nn.functional.silu(x @ gate.T) * (x @ up.T)
-        s_down = smoothing_factors(hidden.abs().amax(0), column_absmax([down]), 0.5)
-        s = smoothing_factors(x.abs().amax(0), column_absmax([gate, up / s_down[:, None]]), 0.5)
-        torch.testing.assert_close(model[0].norm.weight, before[0].norm.weight / s)
-
-
-@pytest.mark.parametrize("bias", [False, True])
-def test_a_fold_through_a_product(bias):
-    """Up's rows take down's factors; gate's can't, for silu is not linear."""
-    model = model_of(bias=bias)
-    _, where = smoothed(model, outlying())
-    assert {where["0.down"], where["1.down"]} == {f"{FOLDED}0.up", f"{FOLDED}1.up"}
-
-
-def test_a_fold_through_relu():
-    """``relu(x / s) = relu(x) / s``, found by measuring."""
-
-    class Plain(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.norm, self.up, self.down = nn.LayerNorm(17), nn.Linear(17, 23), nn.Linear(23, 17)
-
-        def forward(self, x):
-            return x + self.down(self.activation(self.up(self.norm(x))))
-
-        activation = staticmethod(torch.relu)
-
-    class Smooth(Plain):
-        activation = staticmethod(torch.tanh)
-
-    for kind, expected in ((Plain, f"{FOLDED}0.up"), (Smooth, EXPLICIT)):
-        torch.manual_seed(0)
-        model = nn.Sequential(kind(), kind()).eval()
-        data, reference = outlying(), model(outlying()[0]).detach()
-        _, where = smoothed(model, data, alpha=0.5)
-        assert where["0.down"] == expected
-        assert isinstance(model[0].down.weight, ao.InputScaledTensor) == (expected == EXPLICIT)
-        assert ao.sqnr(reference, model(data[0])) > 30
-
-
-def test_a_norm_that_others_read_keeps_its_weight():
-    """Its output goes past the linears too: the factors become explicit."""
-    model = model_of(twice=True)
-    before, data, reference = copy.deepcopy(model), outlying(), model(outlying()[0]).detach()
-    _, where = smoothed(model, data, alpha=0.5)
-    assert where["0.up"] == where["1.gate"] == EXPLICIT
-    assert torch.equal(model[0].norm.weight, before[0].norm.weight)
-    assert torch.equal(model[0].up.weight.input_scale, model[0].gate.weight.input_scale)
-    assert ao.sqnr(reference, model(data[0])) > 30
-
-
-def test_a_linear_outside_the_plan_reads_the_norm_too():
-    """It stays in float, and its columns are scaled with the others'."""
-    model = model_of()
-    before, data = copy.deepcopy(model), outlying()
-    report = ao.compress_(model, "smoothquant:alpha=0.5", data, scheme=SCHEME, exclude="*gate")
-    assert report.notes["0.up"]["smoothquant"] == f"{FOLDED}0.norm"
-    gate = model[0].gate.weight
-    assert type(gate) is nn.Parameter
-    with torch.no_grad():
-        torch.testing.assert_close(
-            model[0].gate(model[0].norm(data[0])), before[0].gate(before[0].norm(data[0]))
-        )
-
-
-def test_a_module_that_two_blocks_share_is_left_alone():
-    model = model_of()
-    model[1].norm = model[0].norm
-    before = model[0].norm.weight
-    _, where = smoothed(model, outlying(), alpha=0.5)
-    assert model[0].norm.weight is before
-    assert where["0.up"] == where["1.up"] == EXPLICIT
-
-
-def test_what_is_quantized_already_can_t_be_scaled():
-    """Another algorithm took gate: up's factors become explicit."""
-
-    class First(ao.BlockAlgorithm):
-        name = "first"
-
-        def visit(self, stage):
-            name = f"{stage.name}.gate"
-            stage.replace(name, stage.schemes[name].quantize(stage.weight(name)))
-
-    model, data = model_of(), outlying()
-    reference = model(data[0]).detach()
-    report = ao.compress_(model, [First(), SmoothQuant(alpha=0.5)], data, scheme=SCHEME)
-    assert report.notes["0.up"]["smoothquant"] == EXPLICIT
-    assert ao.sqnr(reference, model(data[0])) > 20
 
 
 def test_it_helps():
@@ -298,81 +113,6 @@ def test_dead_channels_and_no_tokens():
     assert report.converted["0.spare"] == SCHEME
     assert model[0].norm.weight[4] == 0
     assert ao.sqnr(reference, model(data[0])) > 30
-
-
-def llama(**options):
-    transformers = pytest.importorskip("transformers", reason="needs the extra ao-core[hf]")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=99,
-        hidden_size=36,
-        intermediate_size=63,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        max_position_embeddings=64,
-        tie_word_embeddings=False,
-        **options,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    for name, parameter in model.named_parameters():
-        parameter.data *= torch.exp(torch.randn(parameter.shape)) if "norm" in name else 3
-    return model
-
-
-@pytest.mark.parametrize(
-    ("heads", "o_proj"), [(2, EXPLICIT), (6, f"{FOLDED}model.layers.0.self_attn.v_proj")]
-)
-def test_a_language_model(tmp_path, heads, o_proj):
-    """Folds of a Llama: with grouped heads v's rows can't take o's factors. Saving keeps every bit."""
-    model = llama(num_key_value_heads=heads)
-    data = [torch.randint(0, 99, (2, 17)), torch.randint(0, 99, (1, 33))]
-    plain, reference = copy.deepcopy(model), model(data[0]).logits.detach()
-    _, where = smoothed(model, data, alpha=0.5)
-    layer = "model.layers.0"
-    assert {where[f"{layer}.self_attn.{n}_proj"] for n in "qkv"} == {f"{FOLDED}{layer}.input_layernorm"}
-    assert where[f"{layer}.self_attn.o_proj"] == o_proj
-    assert {where[f"{layer}.mlp.{n}_proj"] for n in ("gate", "up")} == {
-        f"{FOLDED}{layer}.post_attention_layernorm"
-    }
-    assert where[f"{layer}.mlp.down_proj"] == f"{FOLDED}{layer}.mlp.up_proj"
-    assert where["lm_head"] == f"{FOLDED}model.norm"
-    ao.quantize_(plain, SCHEME)
-    error = ao.sqnr(reference, model(data[0]).logits)
-    assert error > 20 and error > ao.sqnr(reference, plain(data[0]).logits)
-
-    ao.save(model, tmp_path / "saved")
-    again = ao.load(tmp_path / "saved")
-    with torch.no_grad():
-        assert torch.equal(again(data[0]).logits, model(data[0]).logits)
-
-
-def test_experts_and_an_encoder(tmp_path):
-    """A stack of experts is quantized unsmoothed, with the reason; a BERT has no norm to fold into."""
-    transformers = pytest.importorskip("transformers", reason="needs the extra ao-core[hf]")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 36, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 6}
-    config = transformers.MixtralConfig(
-        vocab_size=99, num_key_value_heads=2, num_local_experts=3, max_position_embeddings=64, **sizes
-    )
-    model = transformers.MixtralForCausalLM(config).eval()
-    model.set_experts_implementation("eager")
-    data = [torch.randint(0, 99, (2, 17))]
-    reference = model(data[0]).logits.detach()
-    report, where = smoothed(model, data, alpha=0.5)
-    assert where["model.layers.0.mlp.experts.down_proj"].startswith("the experts of a stack share")
-    assert report.converted["model.layers.0.mlp.experts.down_proj"] == SCHEME
-    assert ao.sqnr(reference, model(data[0]).logits) > 20
-
-    model = transformers.BertModel(transformers.BertConfig(vocab_size=99, **sizes)).eval()
-    reference = model(data[0]).last_hidden_state.detach()
-    _, where = smoothed(model, data, alpha=0.5)
-    assert where["encoder.layer.0.attention.self.query"] == EXPLICIT
-    assert where["encoder.layer.0.intermediate.dense"] == EXPLICIT
-    assert ao.sqnr(reference, model(data[0]).last_hidden_state) > 20
-    ao.save(model, tmp_path / "saved")
-    again = ao.load(tmp_path / "saved")
-    with torch.no_grad():
-        assert torch.equal(again(data[0]).last_hidden_state, model(data[0]).last_hidden_state)
 
 
 @pytest.mark.parametrize(

@@ -5,63 +5,18 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 import ao_core as ao
-from ao_core.cli import main
 from ao_core.models import tokenize_file
 
 transformers = pytest.importorskip("transformers", reason="needs the extra ao-core[hf]")
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
-SCHEME, LETTERS = "int8-dynamic", "abcdefghijklmnopqrstuvwxyz"
+SCHEME = "int8-dynamic"
 SMOOTH = ("--algorithm", "smoothquant", "--scheme", SCHEME)
-
-
-@pytest.fixture
-def run(capsys):
-    """Run a command line in this process: its exit code, standard output and standard error."""
-
-    def run(*arguments):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return SimpleNamespace(code=ended.value.code or 0, out=captured.out, err=captured.err)
-
-    return run
-
-
-@pytest.fixture(scope="module")
-def places(tmp_path_factory):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    root = tmp_path_factory.mktemp("models")
-    words = ["<unk>", *LETTERS]
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=len(words),
-        hidden_size=36,
-        intermediate_size=63,
-        num_hidden_layers=2,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=False,
-    )
-    transformers.LlamaForCausalLM(config).save_pretrained(root / "model")
-    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>")
-    tokenizer.save_pretrained(root / "model")
-    letters = torch.randint(0, 26, (300,), generator=torch.Generator().manual_seed(1))
-    (root / "text.txt").write_text(" ".join(LETTERS[i] for i in letters))
-    (root / "short.txt").write_text("a b c")
-    (root / "blank.txt").write_text(" \n")
-    return SimpleNamespace(root=root, model=root / "model", text=root / "text.txt", tokenizer=tokenizer)
 
 
 def test_it_saves_what_compress_makes(run, places, tmp_path):
