@@ -59,22 +59,21 @@ _NF4_HALF = """
     prmt.b32 {odd}, c, a, 0x7351;
 """
 
-# $0, $1: bytes 0 to 3 as floats. Sign, exponent and mantissa move in place; the exponent's bias is made up
-# for by a multiplication, which is right for subnormal numbers too.
+# $0, $1: bytes 0 to 3 as floats. Exponent and mantissa of two bytes move into place with their signs: of the
+# lower one from a byte that repeats it, of the upper one as a shift does. The exponent's bias is made up for
+# by a multiplication, which is right for subnormal numbers too.
 _FLOAT8 = """{{
-    .reg .b32 a, b, c, d;
-    prmt.b32 a, $2, 0, 0x1404;
-    prmt.b32 b, $2, 0, 0x3424;
-    shr.u32 c, a, {shift};
-    shr.u32 d, b, {shift};
-    and.b32 a, a, 0x80008000;
-    and.b32 b, b, 0x80008000;
-    lop3.b32 a, c, {mask}, a, 0xea;
-    lop3.b32 b, d, {mask}, b, 0xea;
-    mov.b32 c, {factor};
-    mov.b32 d, 0x80008000;
-    fma.rn.{dtype} $0, a, c, d;
-    fma.rn.{dtype} $1, b, c, d;
+    .reg .b32 a, b, factor, zero;
+    mov.b32 factor, {factor};
+    mov.b32 zero, 0x80008000;
+    prmt.b32 a, $2, 0, 0x1804;
+    prmt.b32 b, $2, 0, 0x3a24;
+    shr.s32 a, a, {shift};
+    shr.s32 b, b, {shift};
+    and.b32 a, a, {mask};
+    and.b32 b, b, {mask};
+    fma.rn.{dtype} $0, a, factor, zero;
+    fma.rn.{dtype} $1, b, factor, zero;
 }}"""
 
 # The same decoding, and scaling: nibbles less a middle, times a scale, plus a midpoint. $0 to $3 as above;
@@ -100,29 +99,39 @@ _SCALED_NIBBLES = """{{
     fma.rn.{dtype} $3, $3, $8, $10;
 }}"""
 
-# Signed bytes, unscaled: 16 times the high nibble less 128, and the low one. $0, $1: floats; $2: bytes
-# plus 128.
+# Signed bytes 0 and 2 of a register as floats, in their place. bfloat16: seven bits below an exponent make
+# 128 and more, and the sign's bit in the exponent makes 128 or 256: what is too much. float16: with its
+# sign's bit flipped a byte is 128 too large, and the exponent makes 1024 more.
+_SIGNED_BFLOAT16 = """{{
+    .reg .b32 above, minus;
+    mov.b32 minus, 0xbf80bf80;
+    lop3.b32 above, {pair}, 0x00800080, 0x43004300, 0xea;
+    lop3.b32 {pair}, {pair}, 0x007f007f, 0x43004300, 0xea;
+    fma.rn.bf16x2 {pair}, above, minus, {pair};
+}}"""
+_SIGNED_FLOAT16 = """{{
+    .reg .b32 less, one;
+    mov.b32 less, 0xe480e480;
+    mov.b32 one, 0x3c003c00;
+    lop3.b32 {pair}, {pair}, 0x00ff00ff, 0x64806480, 0x6a;
+    fma.rn.f16x2 {pair}, {pair}, one, less;
+}}"""
+
+# $0, $1: signed bytes 0 to 3 as floats.
 _INTEGERS = """{{
-    .reg .b32 a, b, low, high, one, sixteen, less_high, less_low;
-    mov.b32 one, {one};
-    mov.b32 sixteen, {sixteen};
-    mov.b32 less_high, {less_high};
-    mov.b32 less_low, {less_low};
+    .reg .b32 a, b;
     prmt.b32 a, $2, 0, 0x4140;
     prmt.b32 b, $2, 0, 0x4342;
-    lop3.b32 low, a, 0x000f000f, {exponent}, 0xea;
-    lop3.b32 high, b, 0x000f000f, {exponent}, 0xea;
-    fma.rn.{dtype} low, low, one, less_low;
-    fma.rn.{dtype} high, high, one, less_low;
-    shr.u32 a, a, 4;
-    shr.u32 b, b, 4;
-    lop3.b32 a, a, 0x000f000f, {exponent}, 0xea;
-    lop3.b32 b, b, 0x000f000f, {exponent}, 0xea;
-    fma.rn.{dtype} a, a, sixteen, less_high;
-    fma.rn.{dtype} b, b, sixteen, less_high;
-    fma.rn.{dtype} $0, a, one, low;
-    fma.rn.{dtype} $1, b, one, high;
+    {first}
+    {second}
+    mov.b32 $0, a;
+    mov.b32 $1, b;
 }}"""
+
+
+def signed_asm(half: bool, pair: str) -> str:
+    """Assembly that makes two floats of bytes 0 and 2 of the register ``pair``, whatever the other two."""
+    return (_SIGNED_FLOAT16 if half else _SIGNED_BFLOAT16).format(pair=pair)
 
 
 def bits_of(value: float, half: bool) -> int:
@@ -163,11 +172,10 @@ def _numbers(half: bool) -> dict[str, object]:
         "dtype": "f16x2" if half else "bf16x2",
         "exponent": twice(above, half),
         "one": twice(1, half),
-        "sixteen": twice(16, half),
-        "less_high": twice(-above * 16 - 128, half),
-        "less_low": twice(-above, half),
+        "first": signed_asm(half, "a"),
+        "second": signed_asm(half, "b"),
         "shift": 1 if half else 4,
-        "mask": "0x3f803f80" if half else "0x07f007f0",
+        "mask": "0xbf80bf80" if half else "0x87f087f0",
         "factor": twice(256 if half else 2.0**120, half),
     }
 
@@ -253,11 +261,11 @@ def integers(codes, DTYPE: tl.constexpr, INTERPRET: tl.constexpr):
         values = codes.to(tl.int8, bitcast=True).to(tl.float32).to(DTYPE)
     elif DTYPE == tl.bfloat16:
         values = tl.inline_asm_elementwise(
-            _INTEGERS_BFLOAT16, "=r,=r,r", [codes ^ 128], tl.bfloat16, is_pure=True, pack=4
+            _INTEGERS_BFLOAT16, "=r,=r,r", [codes], tl.bfloat16, is_pure=True, pack=4
         )
     else:
         values = tl.inline_asm_elementwise(
-            _INTEGERS_FLOAT16, "=r,=r,r", [codes ^ 128], tl.float16, is_pure=True, pack=4
+            _INTEGERS_FLOAT16, "=r,=r,r", [codes], tl.float16, is_pure=True, pack=4
         )
     return values
 

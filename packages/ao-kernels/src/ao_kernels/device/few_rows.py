@@ -15,7 +15,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ao_kernels.device.decode import INT4, INT8, NF4, above, dot, float8_values, nf4_levels, nibbles
+from ao_kernels.device.decode import (
+    INT4,
+    INT8,
+    NF4,
+    above,
+    dot,
+    float8_values,
+    integers,
+    nf4_levels,
+    nibbles,
+)
 from ao_kernels.device.scales import load_scales, scale_of
 
 
@@ -89,10 +99,7 @@ def few_rows_tile(
             low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
             acc += (dot(low, even, INTERPRET) + dot(high, odd, INTERPRET)) * scale[:, None]
         elif KIND == INT8:
-            low, high, ones = nibbles(codes ^ 128, DTYPE, INTERPRET)
-            part = dot(low, x, INTERPRET) + 16 * dot(high, x, INTERPRET)
-            part -= (17 * above(DTYPE) + 128) * dot(ones, x, INTERPRET)
-            acc += part * scale[:, None]
+            acc += dot(integers(codes, DTYPE, INTERPRET), x, INTERPRET) * scale[:, None]
         else:
             acc += dot(float8_values(codes, DTYPE, INTERPRET), x, INTERPRET) * scale[:, None]
     same = (tile_n % SPLITS)[:, None] == (tile_m // BLOCK_M)[None, :]

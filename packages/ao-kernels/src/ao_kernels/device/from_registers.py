@@ -76,7 +76,8 @@ def _operand(
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     lane = gl.expand_dims(gl.expand_dims(lane, 0), 0)
     scale = scale_of(raw, CODED)
-    if GROUP == 0 and not CODED and not (KIND == INT4 and ZERO == 1):
+    SCALED: gl.constexpr = GROUP > 0 or CODED or (KIND == INT4 and ZERO == 1)
+    if not SCALED:
         scale = gl.full_like(scale, 1.0)
     scale = gl.expand_dims(scale, 2)
     codes = words.load(WIDE)
@@ -96,7 +97,7 @@ def _operand(
         first, second = gl.split(codes.reshape([64, words.shape[1] // 2, 2]))
         first = gl.expand_dims(gl.convert_layout(first, PAIRS, assert_trivial=True), 2)
         second = gl.expand_dims(gl.convert_layout(second, PAIRS, assert_trivial=True), 2)
-        even, odd = picked_bytes(first, second, lane, scale, KIND, DTYPE)
+        even, odd = picked_bytes(first, second, lane, scale, KIND, DTYPE, SCALED)
     return gl.convert_layout(gl.join(even, odd).reshape([64, 64]), TARGET, assert_trivial=True)
 
 

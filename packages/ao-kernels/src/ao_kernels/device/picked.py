@@ -16,6 +16,7 @@ from ao_kernels.device.decode import (
     NF4_BITS_BFLOAT16,
     NF4_BITS_FLOAT16,
     nf4_asm,
+    signed_asm,
 )
 
 # One byte out of a word: $0, $1 its low and its high four bits, less a middle, scaled, and a midpoint added.
@@ -32,38 +33,33 @@ _NIBBLES = """{{
     mov.b32 {{$0, $1}}, pair;
 }}"""
 
-# Two neighbouring bytes out of two words: $0, $1; $2, $3: the words; $4: which bytes; $5: the scale, twice.
+# Two neighbouring bytes out of two words: $0, $1; $2, $3: the words; $4: which bytes, as a permutation.
 _INTEGERS = """{{
-    .reg .b32 both, low, high, one, sixteen, less_high, less_low;
-    mov.b32 one, {one};
-    mov.b32 sixteen, {sixteen};
-    mov.b32 less_high, {less_high};
-    mov.b32 less_low, {less_low};
+    .reg .b32 both;
     prmt.b32 both, $2, $3, $4;
-    xor.b32 both, both, 0x8080;
-    prmt.b32 both, both, 0, 0x4140;
-    lop3.b32 low, both, 0x000f000f, {exponent}, 0xea;
-    shr.u32 both, both, 4;
-    lop3.b32 high, both, 0x000f000f, {exponent}, 0xea;
-    fma.rn.{dtype} low, low, one, less_low;
-    fma.rn.{dtype} high, high, sixteen, less_high;
-    fma.rn.{dtype} low, high, one, low;
-    mul.rn.{dtype} low, low, $5;
-    mov.b32 {{$0, $1}}, low;
-}}"""
-_FLOAT8 = """{{
-    .reg .b32 both, sign, factor, zero;
-    prmt.b32 both, $2, $3, $4;
-    prmt.b32 both, both, 0, 0x1404;
-    and.b32 sign, both, 0x80008000;
-    shr.u32 both, both, {shift};
-    lop3.b32 both, both, {mask}, sign, 0xea;
-    mov.b32 factor, {factor};
-    mov.b32 zero, 0x80008000;
-    fma.rn.{dtype} both, both, factor, zero;
-    mul.rn.{dtype} both, both, $5;
+    {both}
+    {scaling}
     mov.b32 {{$0, $1}}, both;
 }}"""
+_FLOAT8 = """{{
+    .reg .b32 both, factor, zero;
+    mov.b32 factor, {factor};
+    mov.b32 zero, 0x80008000;
+    prmt.b32 both, $2, $3, $4;
+    shr.s32 both, both, {shift};
+    and.b32 both, both, {mask};
+    fma.rn.{dtype} both, both, factor, zero;
+    {scaling}
+    mov.b32 {{$0, $1}}, both;
+}}"""
+
+
+def _bytes_asm(template: str, half: bool, scaled: bool) -> tl.constexpr:
+    """With ``scaled``, ``$5`` is the scale, twice."""
+    numbers = FOR_FLOAT16 if half else FOR_BFLOAT16
+    scaling = f"mul.rn.{numbers['dtype']} both, both, $5;" if scaled else ""
+    return tl.constexpr(template.format(**numbers, both=signed_asm(half, "both"), scaling=scaling))
+
 
 _PICKING = (
     ".reg .b32 bytes, rest; prmt.b32 bytes, $4, $5, $8; prmt.b32 rest, $6, $7, $8; "
@@ -72,10 +68,14 @@ _PICKING = (
 """A byte out of each of four words, ``$4`` to ``$7``; ``$8`` to ``$11``, the same, say which."""
 _NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_BFLOAT16))
 _NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_FLOAT16))
-_INTEGERS_BFLOAT16 = tl.constexpr(_INTEGERS.format(**FOR_BFLOAT16))
-_INTEGERS_FLOAT16 = tl.constexpr(_INTEGERS.format(**FOR_FLOAT16))
-_E4M3_BFLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_BFLOAT16))
-_E4M3_FLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_FLOAT16))
+_INTEGERS_BFLOAT16 = _bytes_asm(_INTEGERS, half=False, scaled=False)
+_INTEGERS_FLOAT16 = _bytes_asm(_INTEGERS, half=True, scaled=False)
+_E4M3_BFLOAT16 = _bytes_asm(_FLOAT8, half=False, scaled=False)
+_E4M3_FLOAT16 = _bytes_asm(_FLOAT8, half=True, scaled=False)
+_SCALED_INTEGERS_BFLOAT16 = _bytes_asm(_INTEGERS, half=False, scaled=True)
+_SCALED_INTEGERS_FLOAT16 = _bytes_asm(_INTEGERS, half=True, scaled=True)
+_SCALED_E4M3_BFLOAT16 = _bytes_asm(_FLOAT8, half=False, scaled=True)
+_SCALED_E4M3_FLOAT16 = _bytes_asm(_FLOAT8, half=True, scaled=True)
 _NF4_BFLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_BFLOAT16, "bytes", _PICKING))
 _NF4_FLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_FLOAT16, "bytes", _PICKING))
 _NF4_REGISTERS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 8))
@@ -119,15 +119,26 @@ def picked_levels(words, lane, scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def picked_bytes(first, second, lane, scale, KIND: tl.constexpr, DTYPE: tl.constexpr):
-    """Signed bytes or float8 e4m3, scaled: bytes ``2 * lane`` and the next of two words."""
-    IN_BFLOAT16: tl.constexpr = _INTEGERS_BFLOAT16 if KIND == INT8 else _E4M3_BFLOAT16
-    IN_FLOAT16: tl.constexpr = _INTEGERS_FLOAT16 if KIND == INT8 else _E4M3_FLOAT16
-    ASSEMBLY: tl.constexpr = IN_BFLOAT16 if DTYPE == tl.bfloat16 else IN_FLOAT16
-    chosen = 0x10 + 0x22 * lane
-    factor = _twice_in_a_word(scale, DTYPE)
-    even, odd = tl.inline_asm_elementwise(
-        ASSEMBLY, "=h,=h,r,r,r,r", [first, second, chosen, factor], (tl.uint16, tl.uint16),
-        is_pure=True, pack=1,
-    )  # fmt: skip
+def picked_bytes(first, second, lane, scale, KIND: tl.constexpr, DTYPE: tl.constexpr, SCALED: tl.constexpr):
+    """Signed bytes or float8 e4m3: bytes ``2 * lane`` and the next of two words, scaled if ``SCALED``."""
+    BFLOAT16: tl.constexpr = DTYPE == tl.bfloat16
+    if KIND == INT8:  # to bytes 0 and 2
+        chosen = 0x0100 + 0x0202 * lane
+    else:  # to bytes 1 and 3, and the sign of the first to all bits of byte 2
+        chosen = 0x1800 + 0x2220 * lane
+    if SCALED:
+        IN_BFLOAT16: tl.constexpr = _SCALED_INTEGERS_BFLOAT16 if KIND == INT8 else _SCALED_E4M3_BFLOAT16
+        IN_FLOAT16: tl.constexpr = _SCALED_INTEGERS_FLOAT16 if KIND == INT8 else _SCALED_E4M3_FLOAT16
+        even, odd = tl.inline_asm_elementwise(
+            IN_BFLOAT16 if BFLOAT16 else IN_FLOAT16, "=h,=h,r,r,r,r",
+            [first, second, chosen, _twice_in_a_word(scale, DTYPE)], (tl.uint16, tl.uint16),
+            is_pure=True, pack=1,
+        )  # fmt: skip
+    else:
+        IN_BFLOAT16: tl.constexpr = _INTEGERS_BFLOAT16 if KIND == INT8 else _E4M3_BFLOAT16
+        IN_FLOAT16: tl.constexpr = _INTEGERS_FLOAT16 if KIND == INT8 else _E4M3_FLOAT16
+        even, odd = tl.inline_asm_elementwise(
+            IN_BFLOAT16 if BFLOAT16 else IN_FLOAT16, "=h,=h,r,r,r", [first, second, chosen],
+            (tl.uint16, tl.uint16), is_pure=True, pack=1,
+        )  # fmt: skip
     return even.to(DTYPE, bitcast=True), odd.to(DTYPE, bitcast=True)
