@@ -197,14 +197,14 @@ def compile_hopper() -> int:
     for weight in WEIGHTS:
         packed = weight[0] in ("INT4", "NF4")
         size = 64 if packed else 128
-        slots = {"BLOCK_M": 128, "BLOCK_N": 128, "BYTES": size, "RING": 3, "CODES_RING": 2, "GROUP_M": 1}
+        slots = {"BLOCK_M": 128, "BLOCK_N": 128, "BYTES": size, "RING": 3, "CODES_RING": 2}
         slots["SLICE"] = min(size, weight[3] or 64, 32 if packed else 64)
         descriptors = (tiles(128, 128, gl.bfloat16, "bf16"), tiles(128, 128, gl.uint8, "u8"))
         build(warp_specialized, weight, slots, 8, descriptors)
     for weight, (rows, ring, codes) in [
         (WEIGHTS[0], (16, 8, 3)), (WEIGHTS[0], (256, 5, 2)), *((weight, (64, 8, 3)) for weight in WEIGHTS)
     ]:  # fmt: skip
-        slots = {"BLOCK_M": rows, "RING": ring, "CODES_RING": codes, "GROUP_M": 1}
+        slots = {"BLOCK_M": rows, "RING": ring, "CODES_RING": codes}
         descriptors = (tiles(rows, 64, gl.bfloat16, "bf16"), tiles(128, 32, gl.int32, "i32"))
         build(from_registers, weight, slots, 4, descriptors)
     return done

@@ -40,7 +40,7 @@ def launch(
     _, *sizes = strides(weight, codes, parameters[0])
     constants = {**weight.constants(x.dtype), "BIAS": bias is not None and parts == 1}
     del constants["INTERPRET"]
-    arguments = (*parameters, given, target, m, n, width, *sizes)
+    arguments = (*parameters, given, target, m, n, width, *sizes, config.group_m)
     if isinstance(config, Specialized):
         columns = 2 * config.bytes if weight.packed else config.bytes
         programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, config.block_n)
@@ -48,7 +48,7 @@ def launch(
         warp_specialized[(programs, parts)](
             _tiles(x, config.block_m, columns), _tiles(codes, config.block_n, 128), *arguments, **constants,
             BLOCK_M=config.block_m, BLOCK_N=config.block_n, BYTES=config.bytes, SLICE=size, RING=config.ring,
-            CODES_RING=config.codes_ring, GROUP_M=config.group_m, num_warps=8,
+            CODES_RING=config.codes_ring, num_warps=8,
         )  # fmt: skip
     else:
         programs = triton.cdiv(m, config.block_m) * triton.cdiv(n, 128)
@@ -56,8 +56,7 @@ def launch(
             programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
         from_registers[(programs, parts)](
             _tiles(x, config.block_m, 64), _tiles(codes.view(torch.int32), 128, 32), *arguments, **constants,
-            BLOCK_M=config.block_m, RING=config.ring, CODES_RING=config.codes_ring, GROUP_M=config.group_m,
-            num_warps=4,
+            BLOCK_M=config.block_m, RING=config.ring, CODES_RING=config.codes_ring, num_warps=4,
         )  # fmt: skip
     if parts > 1:
         add_up(target, bias, given, out)

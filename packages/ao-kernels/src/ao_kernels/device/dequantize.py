@@ -18,7 +18,7 @@ from ao_kernels.device.decode import (
 from ao_kernels.device.scales import load_scales, scale_of
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "scalers", "N"])
 def dequantize(
     codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, out_ptr, table_ptr,
     K, width, codes_stride, groups, scalers, scaler_size,

@@ -52,7 +52,7 @@ def _store_zeros(out_ptr, column, first, end, N, BLOCK_M: tl.constexpr, BLOCK_N:
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "E", "each", "tiles", "groups", "scalers"])
 def few_rows_experts(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, offsets_ptr, out_ptr, table_ptr,
     S, E, each, tiles, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
@@ -83,7 +83,7 @@ def few_rows_experts(
             _store_zeros(out_ptr, column, first, end, N, BLOCK_M, BLOCK_N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["S", "E", "each", "tiles", "groups", "scalers"])
 def many_rows_experts(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, offsets_ptr, out_ptr, table_ptr,
     S, E, each, tiles, N, width, x_stride, codes_stride, groups, scalers, scaler_size,

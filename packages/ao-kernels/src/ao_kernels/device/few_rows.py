@@ -114,7 +114,7 @@ def few_rows_tile(
     tl.store(out_ptrs, sums.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups", "scalers"])
 def few_rows(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
     M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,

@@ -34,27 +34,27 @@ STEP = gl.constexpr(64)
 
 
 @gluon.jit
-def _place(at, M, N, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """Row and column of the output's tile ``at``: bands of ``GROUP_M`` tiles of rows, column by column."""
+def _place(at, M, N, group_m, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
+    """Row and column of the output's tile ``at``: bands of ``group_m`` tiles of rows, column by column."""
     across_m = gl.cdiv(M, BLOCK_M)
     across_n = gl.cdiv(N, BLOCK_N)
-    band = at // (GROUP_M * across_n)
-    band_m = gl.minimum(across_m - band * GROUP_M, GROUP_M)
-    inside = at % (GROUP_M * across_n)
-    return (band * GROUP_M + inside % band_m) * BLOCK_M, inside // band_m * BLOCK_N
+    band = at // (group_m * across_n)
+    band_m = gl.minimum(across_m - band * group_m, group_m)
+    inside = at % (group_m * across_n)
+    return (band * group_m + inside % band_m) * BLOCK_M, inside // band_m * BLOCK_N
 
 
 @gluon.jit
 def _fetch(
-    desc, ring, full, empty, M, N, first, steps,
+    desc, ring, full, empty, M, N, group_m, first, steps,
     CODES: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, GROUP_M: gl.constexpr,
+    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
     """Copy ``steps`` tiles of ``COLUMNS`` from step ``first`` on into a ring, for each tile of the output."""
     i = first * 0
     count = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     for at in range(gl.program_id(0), count, gl.num_programs(0)):
-        row, column = _place(at, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = _place(at, M, N, group_m, BLOCK_M, BLOCK_N)
         start = column if CODES else row
         for step in range(steps):
             slot = i % RING
@@ -104,11 +104,11 @@ def _operand(
 @gluon.jit
 def _multiply(
     x, codes, full, empty, codes_full, codes_empty,
-    scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, first, tiles,
+    scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
     groups, scalers, scaler_size,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
     GROUP: gl.constexpr, START: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    GROUP_M: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr,
+    RING: gl.constexpr, CODES_RING: gl.constexpr,
 ):  # fmt: skip
     """Rows ``[START:START + 64]`` of each tile of codes times tiles of activations, stored transposed."""
     PACKED: gl.constexpr = KIND == INT4 or KIND == NF4
@@ -145,7 +145,7 @@ def _multiply(
     count = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     done = first * 0
     for at in range(gl.program_id(0), count, gl.num_programs(0)):
-        row, column = _place(at, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        row, column = _place(at, M, N, group_m, BLOCK_M, BLOCK_N)
         rows = column + START + gl.arange(0, 64, gl.SliceLayout(1, PARTS))
         rows = gl.expand_dims(gl.minimum(rows, N - 1), 1)
         raw = load_row_scales(
@@ -224,13 +224,13 @@ def _store(values, out_ptr, row, column, M, N):
         gl.store(pointers, gl.convert_layout(values, layout), mask=mask)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "width", "groups", "scalers", "group_m"])
 def from_registers(
     x_desc, codes_desc, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr,
-    M, N, width, groups, scalers, scaler_size,
+    M, N, width, groups, scalers, scaler_size, group_m,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr,
-    GROUP_M: gl.constexpr, num_warps: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
 
@@ -239,8 +239,8 @@ def from_registers(
             engine gives 0.
         codes_desc: words of four bytes ``[N, width / 4]`` in tiles of 128 rows and 128 bytes.
         width: bytes to a row of codes, a multiple of four.
+        group_m: tiles of rows that run side by side, and find their weights in the L2 cache.
         GROUP: bytes to a scale, a multiple of four (of eight, if a code is a byte); 0: one for the row.
-        GROUP_M: tiles of rows that run side by side, and find their weights in the L2 cache.
 
     A program takes every so many tiles of the output. Programs on the second axis of the grid share a row;
     ``out`` is then ``[programs, M, N]``.
@@ -268,23 +268,23 @@ def from_registers(
         [
             (_multiply, (
                 x, codes, full, empty, codes_full, codes_empty,
-                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, first, tiles,
+                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
                 groups, scalers, scaler_size,
-                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 0, BLOCK_M, BLOCK_N, GROUP_M, RING, CODES_RING,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 0, BLOCK_M, BLOCK_N, RING, CODES_RING,
             )),
             (_multiply, (
                 x, codes, full, empty, codes_full, codes_empty,
-                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, first, tiles,
+                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
                 groups, scalers, scaler_size,
-                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 64, BLOCK_M, BLOCK_N, GROUP_M, RING, CODES_RING,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 64, BLOCK_M, BLOCK_N, RING, CODES_RING,
             )),
             (_fetch, (
-                x_desc, x, full, empty, M, N, first * STEPS, tiles * STEPS,
-                False, STEP, RING, BLOCK_M, BLOCK_N, GROUP_M,
+                x_desc, x, full, empty, M, N, group_m, first * STEPS, tiles * STEPS,
+                False, STEP, RING, BLOCK_M, BLOCK_N,
             )),
             (_fetch, (
-                codes_desc, codes, codes_full, codes_empty, M, N, first, tiles,
-                True, 32, CODES_RING, BLOCK_M, BLOCK_N, GROUP_M,
+                codes_desc, codes, codes_full, codes_empty, M, N, group_m, first, tiles,
+                True, 32, CODES_RING, BLOCK_M, BLOCK_N,
             )),
         ],
         [4, 1, 1],

@@ -152,7 +152,7 @@ def many_rows_tile(
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "groups", "scalers"])
 def many_rows(
     x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
     M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,

@@ -154,24 +154,23 @@ def _multiply(
     gl.store(pointers, total.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["M", "width", "groups", "scalers", "group_m"])
 def warp_specialized(
     x_desc, codes_desc, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr,
-    M, N, width, groups, scalers, scaler_size,
+    M, N, width, groups, scalers, scaler_size, group_m,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr, BYTES: gl.constexpr,
-    SLICE: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr, GROUP_M: gl.constexpr,
-    num_warps: gl.constexpr,
+    SLICE: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
 
     Args:
         x_desc: activations ``[M, K]`` in tiles of ``BLOCK_M`` rows; beyond their end the copy engine gives 0.
         codes_desc: bytes ``[N, width]`` in tiles of ``BLOCK_N`` rows and 128 bytes.
+        group_m: tiles of rows that run side by side, and find their weights in the L2 cache.
         GROUP: bytes to a scale, a multiple of ``SLICE``; 0: one for the row.
         BYTES: of codes to a slot of weights; 128 is a multiple.
         SLICE: bytes that are decoded with one scale.
-        GROUP_M: tiles of rows that run side by side, and find their weights in the L2 cache.
 
     Programs on the second axis of the grid share a row; ``out`` is then ``[programs, M, N]``.
     """
@@ -184,10 +183,10 @@ def warp_specialized(
     across_m = gl.cdiv(M, BLOCK_M)
     across_n = gl.cdiv(N, BLOCK_N)
     program = gl.program_id(0)
-    band = program // (GROUP_M * across_n)
-    band_m = gl.minimum(across_m - band * GROUP_M, GROUP_M)
-    within = program % (GROUP_M * across_n)
-    row = (band * GROUP_M + within % band_m) * BLOCK_M
+    band = program // (group_m * across_n)
+    band_m = gl.minimum(across_m - band * group_m, group_m)
+    within = program % (group_m * across_n)
+    row = (band * group_m + within % band_m) * BLOCK_M
     column = within // band_m * BLOCK_N
     all_tiles = gl.cdiv(width, SLOTS * BYTES)
     share = gl.cdiv(all_tiles, gl.num_programs(1))
