@@ -13,14 +13,15 @@ import sys
 import pytest
 
 WEIGHTS = (  # kind, zero, coded, bytes to a scale, the scale's type
-    ("INT4", 0, False, 64, "*bf16"),
-    ("INT4", 1, False, 64, "*bf16"),
-    ("INT4", 2, False, 32, "*fp32"),
-    ("NF4", 0, True, 32, "*u8"),
-    ("NF4", 0, False, 32, "*fp32"),
-    ("INT8", 0, False, 0, "*fp32"),
-    ("INT8", 0, False, 64, "*fp32"),
-    ("FLOAT8", 0, False, 0, "*fp32"),
+    ("INT4", 0, 0, 64, "*bf16"),
+    ("INT4", 1, 0, 64, "*bf16"),
+    ("INT4", 2, 0, 32, "*fp32"),
+    ("NF4", 0, 1, 32, "*u8"),
+    ("NF4", 0, 2, 32, "*u8"),
+    ("NF4", 0, 0, 32, "*fp32"),
+    ("INT8", 0, 0, 0, "*fp32"),
+    ("INT8", 0, 0, 64, "*fp32"),
+    ("FLOAT8", 0, 0, 0, "*fp32"),
 )
 
 
@@ -61,6 +62,7 @@ def compile_all(architecture: int) -> int:
     from ao_kernels.device.experts import few_rows_experts, many_rows_experts
     from ao_kernels.device.few_rows import few_rows
     from ao_kernels.device.many_rows import add_parts, many_rows
+    from ao_kernels.support import of_a_warp
 
     build = builder(architecture)
     every = [(tl.bfloat16, "*bf16"), (tl.float16, "*fp16")]  # on sm80 one is enough to see that they compile
@@ -96,8 +98,15 @@ def compile_all(architecture: int) -> int:
                 "BLOCK_M": 2,
                 "STAGES": 3,
                 "WHOLE": whole,
+                "COPIES": 0,
             }
             build(few_rows, {**pointers, **words}, {**base, **few}, 2)
+            if kind == "NF4" and architecture == 90:
+                for splits, block_n, block_m, warps in ((8, 16, 1, 4), (1, 128, 8, 8), (1, 64, 16, 2)):
+                    if of_a_warp(warps, splits * block_m):
+                        tile = {"SPLITS": splits, "BLOCK_N": block_n, "BLOCK_M": block_m, "COPIES": 32}
+                        built = build(few_rows, {**pointers, **words}, {**base, **few, **tile}, warps)
+                        check_pairs(built.asm["ttgir"])
             many = {"BIAS": True, "BLOCK_N": 64, "BLOCK_M": 64, "STAGES": 3, "WHOLE": whole, "SPLIT_K": 2}
             build(many_rows, pointers, {**base, **many})
         build(dequantize, pointers, {**base, "ROWS": 32})
@@ -117,6 +126,14 @@ def compile_all(architecture: int) -> int:
     parts = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     build(add_parts, parts, {"PARTS": 4, "BIAS": True, "BLOCK": 1024})
     return int(build.done)
+
+
+def check_pairs(text: str) -> None:
+    """Bytes and words that assembly takes in pairs lie as operands of a warp's matrix instructions."""
+    asked = [line for line in text.splitlines() if "elementwise_inline_asm" in line]
+    for start in ("$2; mov.b32 $1, $3;", "level_copy;\\0A    ld.shared"):
+        (line,) = (line for line in asked if start in line)
+        assert "#ttg.dot_op" in line.split(" : tensor", 1)[1].split("->")[0], line
 
 
 def compile_bytes(build, architecture: int) -> None:
@@ -206,7 +223,8 @@ def compile_hopper() -> int:
     ]:  # fmt: skip
         slots = {"BLOCK_M": rows, "RING": ring, "CODES_RING": codes}
         descriptors = (tiles(rows, 64, gl.bfloat16, "bf16"), tiles(128, 32, gl.int32, "i32"))
-        build(from_registers, weight, slots, 4, descriptors)
+        for table in (False, True) if weight[0] == "NF4" else (False,):
+            build(from_registers, weight, {**slots, "TABLE": table}, 4, descriptors)
     return done
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ao_kernels.device import decode, picked
+from ao_kernels.device import decode, levels, picked
 
 DTYPES = {"BFLOAT16": torch.bfloat16, "FLOAT16": torch.float16}
 CODES = np.arange(256, dtype=np.int64)
@@ -45,6 +45,13 @@ def permuted(a, b, selector):
 INSTRUCTIONS = {
     "mov.b32": lambda a: a,
     "and.b32": lambda a, b: a & b,
+    "or.b32": lambda a, b: a | b,
+    "add.u32": lambda a, b: a + b,
+    "mad.lo.u32": lambda a, b, c: a * b + c,
+    "mov.u32": lambda a: a,
+    "setp.gt.u32": lambda a, b: a > b,
+    "setp.eq.u32": lambda a, b: a == b,
+    "selp.b32": lambda a, b, chosen: np.where(chosen, a, b),
     "shl.b32": lambda a, b: a << b,
     "shr.u32": lambda a, b: a >> b,
     "shr.s32": lambda a, b: (a ^ 0x80000000) - 0x80000000 >> b,
@@ -54,15 +61,23 @@ INSTRUCTIONS = {
 FLOATS = {"f16x2": torch.float16, "bf16x2": torch.bfloat16}
 
 
-def run(assembly, operands):
-    """Registers after ``assembly``, words as int64: ``operands``, and what was written."""
+def run(assembly, operands, shared=None):
+    """Registers after ``assembly``, words as int64: ``operands``, and what was written. ``shared``: words."""
     registers = {name: np.int64(word) for name, word in operands.items()}
-    assembly = re.sub(r"\{(\$\d+), (\$\d+)\}", r"\1+\2", assembly)  # two halves of a word
+    assembly = re.sub(r"\{([$\w]+(, [$\w]+)+)\}", lambda found: found[1].replace(", ", "+"), assembly)
     for statement in re.sub(r"[{}]", ";", assembly).split(";"):
         name, _, rest = statement.strip().partition(" ")
-        if not name or name == ".reg":
+        if not name or name in (".reg", ".shared", "bar.sync"):
             continue
         target, *sources = rest.split(", ")
+        if name == "ld.shared.b32":
+            registers[target] = shared[registers[sources[0].strip("[]")] // 4]
+            continue
+        if name == "st.shared.v4.b32":
+            base, offset = target.strip("[]").split("+")
+            for word, each in enumerate(sources[0].split("+")):
+                shared[(registers[base] + int(offset)) // 4 + word] = registers[each]
+            continue
         values = [registers[each] if each in registers else np.int64(int(each, 0)) for each in sources]
         if name.startswith(("fma", "mul")):
             dtype = FLOATS[name.split(".")[-1]]
@@ -134,3 +149,24 @@ def test_four_bits_a_code(name):
         for found, table in ((nf4, levels), (nibbles, integers)):
             assert np.array_equal(found[f"${pair}"] >> 16 * half & 0xFFFF, table[byte & 15])
             assert np.array_equal(found[f"${2 + pair}"] >> 16 * half & 0xFFFF, table[byte >> 4])
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize("copies", [16, 32])
+@pytest.mark.parametrize("warps", [1, 2, 4, 8])
+def test_levels_in_shared_memory(warps, copies, name):
+    expected = bits(torch.tensor(decode.NF4_LEVELS), DTYPES[name])
+    start = 1024
+    shared = np.full(start // 4 + 256 * copies, -1)
+    found = run(
+        levels.FILLING.value[100 * copies + 2 * warps + (name == "FLOAT16")],
+        {"%tid.x": np.arange(32 * warps), "table": np.int64(start)}, shared,
+    )  # fmt: skip
+    assert found["$0"] == start
+    word = CODES | (CODES ^ 0x5A) << 8 | (255 - CODES) << 16 | (CODES ^ 0x81) << 24
+    for copy in (0, 5, copies - 1):
+        operands = {"$4": word, "level_copy": start + 4 * copy}
+        found = run(levels.LOOKING_UP.value[copies], operands, shared)
+        for byte, register in enumerate(("$0", "$2", "$1", "$3")):
+            code = word >> 8 * byte & 255
+            assert np.array_equal(found[register], expected[code & 15] | expected[code >> 4] << 16)

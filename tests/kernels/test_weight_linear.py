@@ -17,6 +17,7 @@ CONFIGS = {
     "one row": Few(8, 8, 1, 2, 64, 3),
     "few rows, one part": Few(1, 32, 16, 2, 64, 4),
     "few rows, two parts": Few(2, 16, 8, 2, 32, 3),
+    "few rows, levels in shared memory": Few(4, 16, 2, 2, 32, 3, copies=32),
     "many rows": Many(64, 64, 4, 64, 3, 1),
     "many rows, cut in four": Many(32, 16, 4, 32, 3, 4),
     "decoded": Decoded(),
@@ -50,6 +51,8 @@ OF_HOPPER = (
     Registers(64, 8, 3, 1, 1),
     Registers(128, 6, 3, 1, 2),
     Registers(256, 5, 2, 4, 1),
+    Registers(64, 8, 3, 1, 2, table=True),
+    Registers(256, 4, 2, 1, 1, table=True),
 )
 
 

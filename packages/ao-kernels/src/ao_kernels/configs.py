@@ -8,7 +8,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class Few:
-    """Tiles of :func:`ao_kernels.device.few_rows.few_rows`; ``bytes`` at most."""
+    """Tiles of :func:`ao_kernels.device.few_rows.few_rows`; ``bytes`` at most.
+
+    ``copies`` of a table of NF4 levels in shared memory, 16 or 32, or 0: looked up in registers. There is a
+    table on Hopper alone, where :func:`ao_kernels.support.of_a_warp` says so.
+    """
 
     splits: int
     block_n: int
@@ -16,6 +20,7 @@ class Few:
     warps: int
     bytes: int
     stages: int
+    copies: int = 0
 
 
 @dataclass(frozen=True)
@@ -48,13 +53,17 @@ class Specialized:
 
 @dataclass(frozen=True)
 class Registers:
-    """Tiles of :func:`ao_kernels.device.from_registers.from_registers`; ``group_m`` run side by side."""
+    """Tiles of :func:`ao_kernels.device.from_registers.from_registers`; ``group_m`` run side by side.
+
+    ``table``: NF4 levels are looked up in shared memory.
+    """
 
     block_m: int
     ring: int
     codes_ring: int
     group_m: int
     split_k: int
+    table: bool = False
 
 
 @dataclass(frozen=True)

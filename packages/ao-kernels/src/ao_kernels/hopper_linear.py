@@ -56,7 +56,8 @@ def launch(
             programs = min(programs, torch.cuda.get_device_properties(x.device).multi_processor_count)
         from_registers[(programs, parts)](
             _tiles(x, config.block_m, 64), _tiles(codes.view(torch.int32), 128, 32), *arguments, **constants,
-            BLOCK_M=config.block_m, RING=config.ring, CODES_RING=config.codes_ring, num_warps=4,
+            BLOCK_M=config.block_m, RING=config.ring, CODES_RING=config.codes_ring,
+            TABLE=config.table and weight.kind == "nf4", num_warps=4,
         )  # fmt: skip
     if parts > 1:
         add_up(target, bias, given, out)

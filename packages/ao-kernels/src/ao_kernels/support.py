@@ -66,3 +66,18 @@ def group_misfit(group_size: int, scale: tuple[torch.Size, torch.dtype] | None, 
     if scale is not None and scale[0][-1] > 1 and group_size % columns:
         return f"it takes groups of a multiple of {columns} columns, not of {group_size}"
     return None
+
+
+@functools.cache
+def of_a_warp(warps: int, columns: int) -> bool:
+    """Whether a product runs on a warp's matrix instructions on Hopper, not on those of four warps.
+
+    Args:
+        warps: of the program.
+        columns: of the product.
+    """
+    import triton
+
+    return warps < 4 or (
+        columns < 16 and triton.__version__.startswith("3.6.")
+    )  # others take less than 16 too

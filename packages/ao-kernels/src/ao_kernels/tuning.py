@@ -10,13 +10,15 @@ import torch
 
 from ao_core import AoError
 from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, int8_config, weight_config
-from ao_kernels.support import hopper
+from ao_kernels.support import hopper, of_a_warp
 from ao_kernels.tiles import Cell, Tiles
 from ao_kernels.trials import PACKED, Fault, Trials
 
 KINDS = ("int4", "nf4", "int8", "float8", "int8-dynamic")
 _MOST_SHARED = 200_000  # bytes of shared memory that tiles may take
 _SHARED = 231_000  # and those of the specialized kernel, which runs alone on a multiprocessor
+_TABLE = 33_000  # of these, of NF4 levels
+_SHARED_UNASKED = 48 << 10  # and one with a table, for which Triton does not ask for more
 _ROUNDS = ((4, 3), (8, 3), (20, 1))  # replays, and by how much the field is cut after them
 
 
@@ -69,12 +71,17 @@ def _weight(cell: Cell, on_hopper: bool) -> Iterator[Tiles]:
     sizes = {"int4": (64,), "nf4": (32,)}.get(cell.kind, (64, 128))
     m, tile_m = cell.rows, max(min(cell.rows, 128), 1)
     if m <= 32:
-        for splits, block_n, warps, size, stages in itertools.product(
-            (1, 2, 4, 8), (4, 8, 16, 32, 64), (1, 2, 4), sizes, (3, 4, 5) if len(sizes) == 1 else (3, 4)
-        ):
+        for splits, block_n, warps, size, stages, copies in itertools.product(
+            (1, 2, 4, 8), (4, 8, 16, 32, 64), (1, 2, 4), sizes, (3, 4, 5) if len(sizes) == 1 else (3, 4),
+            (0, 32) if cell.kind == "nf4" else (0,),
+        ):  # fmt: skip
             rows, columns = splits * block_n, splits * m
+            shared = 1024 * copies + (stages - 1) * size * (rows + 4 * columns) + 4 * rows
+            tiles = Few(splits, block_n, m, warps, size, stages, copies)
+            if copies and not (of_a_warp(warps, columns) and rows >= 64 and shared <= _SHARED_UNASKED):
+                continue
             if 16 * warps <= rows <= 128 and 8 <= max(columns, 8) <= 64 and rows * columns <= 2048:
-                yield Few(splits, block_n, m, warps, size, stages)
+                yield tiles
     many_sizes = (32,) if cell.kind in PACKED else (64, 128)
     if m >= 16:
         for block_n, block_m, size, stages, split_k in itertools.product(
@@ -97,9 +104,11 @@ def _registers(cell: Cell) -> Iterator[Tiles]:
         if split_k > 1 and programs * split_k > 264:
             continue
         staged = 2 * 2 * 64 * min(block_m, 64)  # of the output, on its way out
-        ring = min((_SHARED - 128 * 128 * codes_ring - staged) // (2 * 64 * block_m), 8)
-        for group_m in (1,) if cell.rows <= block_m else (1, 4):
-            yield Registers(block_m, ring, codes_ring, group_m, split_k)
+        for table in (False, True) if cell.kind == "nf4" else (False,):
+            left = _SHARED - 128 * 128 * codes_ring - staged - (_TABLE if table else 0)
+            ring = min(left // (2 * 64 * block_m), 8)
+            for group_m in (1,) if cell.rows <= block_m else (1, 4):
+                yield Registers(block_m, ring, codes_ring, group_m, split_k, table)
 
 
 def _specialized(cell: Cell) -> Iterator[Tiles]:

@@ -20,7 +20,7 @@ from ao_kernels.device.dequantize import dequantize
 from ao_kernels.device.few_rows import few_rows
 from ao_kernels.device.many_rows import add_parts, many_rows
 from ao_kernels.rows import columns_in_order, pairs_of_columns, plain_rows
-from ao_kernels.support import hopper
+from ao_kernels.support import hopper, of_a_warp
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
@@ -78,10 +78,13 @@ class Codes:
         zero = 0
         if self.zero is not None:
             zero = 1 if self.zero.is_floating_point() else 2
+        coded = 0
+        if self.offset is not None:
+            coded = 1 if self.offset.shape[1] == 1 else 2
         return {
             "KIND": _KINDS[self.kind],
             "ZERO": zero,
-            "CODED": self.offset is not None,
+            "CODED": coded,
             "DTYPE": _TYPES[dtype],
             "GROUP": self.group_bytes,
             "INTERPRET": interpreting(),
@@ -201,8 +204,15 @@ def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.T
         m, n, width, words.stride(0), *strides(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None, SPLITS=config.splits, BLOCK_N=config.block_n,
         BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages,
-        WHOLE=width % (size * config.splits) == 0 and n % config.block_n == 0, num_warps=config.warps,
+        WHOLE=width % (size * config.splits) == 0 and n % config.block_n == 0,
+        COPIES=_copies(config, weight, x.device), num_warps=config.warps,
     )  # fmt: skip
+
+
+def _copies(config: Few, weight: Codes, device: torch.device) -> int:
+    """Of the table of NF4 levels, 0 where there can be none."""
+    fits = weight.kind == "nf4" and of_a_warp(config.warps, config.splits * config.block_m)
+    return config.copies if fits and hopper(device) else 0
 
 
 def _many(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.Tensor, config: Many) -> None:

@@ -147,17 +147,43 @@ def _float_bits(value: float) -> int:
     return int(struct.unpack("<I", struct.pack("<f", value))[0])
 
 
-def nf4_asm(bits: list[int], codes: str = "$4", before: str = "") -> str:
-    """Assembly that looks up 16 bits for each of eight codes in the register ``codes``."""
+def _table_words(bits: list[int]) -> dict[str, str]:
+    """Four words of low bytes and four of high ones."""
     words = {}
     for part in range(4):
         four = bits[4 * part : 4 * part + 4]
         words[f"low{part}"] = hex(sum((each & 255) << 8 * i for i, each in enumerate(four)))
         words[f"high{part}"] = hex(sum((each >> 8) << 8 * i for i, each in enumerate(four)))
+    return words
+
+
+def nf4_asm(bits: list[int], codes: str = "$4", before: str = "") -> str:
+    """Assembly that looks up 16 bits for each of eight codes in the register ``codes``."""
+    words = _table_words(bits)
     first = _NF4_HALF.format(**words, even="$0", odd="$2").replace("$4", codes)
     second = _NF4_HALF.format(**words, even="$1", odd="$3").replace("$4", "upper")
     declared = ".reg .b32 index, a, b, c, d, upper;"
     return f"{{ {declared} {before} {first} shr.u32 upper, {codes}, 16; {second} }}"
+
+
+def level_asm(bits: list[int], code: str, out: str) -> str:
+    """Assembly that looks up 16 bits for one code in a register, for the register ``out``.
+
+    The caller declares ``index``, ``a``, ``b``, ``c``, ``d`` and the predicate ``beyond``.
+    """
+    words = _table_words(bits)
+    return """
+    setp.gt.u32 beyond, {code}, 7;
+    and.b32 index, {code}, 7;
+    prmt.b32 a, {high0}, {high1}, index;
+    prmt.b32 b, {high2}, {high3}, index;
+    prmt.b32 c, {low0}, {low1}, index;
+    prmt.b32 d, {low2}, {low3}, index;
+    selp.b32 a, b, a, beyond;
+    selp.b32 c, d, c, beyond;
+    prmt.b32 {out}, c, a, 0x0040;
+    and.b32 {out}, {out}, 0xffff;
+    """.format(**words, code=code, out=out)
 
 
 def twice(value: float, half: bool) -> str:

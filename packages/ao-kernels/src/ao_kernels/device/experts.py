@@ -77,7 +77,7 @@ def few_rows_experts(
                 x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, scale_ptr, out_ptr, table_ptr,
                 N, width, x_stride, codes_stride, groups, scalers, scaler_size,
                 KIND, ZERO, CODED, False, DTYPE, GROUP, SPLITS, BLOCK_N, BLOCK_M, BYTES, STAGES, WHOLE,
-                INTERPRET,
+                0, INTERPRET,
             )  # fmt: skip
         else:
             _store_zeros(out_ptr, column, first, end, N, BLOCK_M, BLOCK_N)

@@ -26,6 +26,14 @@ from ao_kernels.device.decode import (
     nf4_levels,
     nibbles,
 )
+from ao_kernels.device.levels import (
+    fetch_ahead,
+    fill_levels,
+    keep_copy,
+    lane_copy,
+    pairs_of_columns,
+    pairs_of_levels,
+)
 from ao_kernels.device.scales import load_scales, scale_of
 
 
@@ -36,7 +44,7 @@ def few_rows_tile(
     N, width, x_stride, codes_stride, groups, scalers, scaler_size,
     KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BYTES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    BYTES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, COPIES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """One tile of :func:`few_rows`: columns of the output from ``column`` on, rows ``[first, last)``.
@@ -67,6 +75,13 @@ def few_rows_tile(
     raw = load_scales(
         scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, start_n, groups, scaler_size, ZERO, CODED, GROUP
     )
+    if COPIES > 0:
+        # While the table is filled, the first codes are on their way to the L2 cache.
+        LINES: tl.constexpr = max(SPLITS * BYTES * 4 // 128, 1)
+        line = tl.arange(0, TILE_N * BYTES * 4 // 128)
+        ahead_n = tl.minimum(column + line // LINES, N - 1).to(tl.int64) + base
+        fetch_ahead(codes_ptr + ahead_n * codes_stride + tl.minimum(line % LINES * 128, width - 1))
+        keep_copy(lane_copy(fill_levels(DTYPE, COPIES), COPIES))
     for i in tl.range(0, tl.cdiv(width, SPLITS * BYTES), num_stages=STAGES):
         at = i * (SPLITS * BYTES)
         if WHOLE:
@@ -87,7 +102,9 @@ def few_rows_tile(
         raw = load_scales(
             scale_ptrs, zero_ptrs, offset_ptrs, step_ptrs, after, groups, scaler_size, ZERO, CODED, GROUP
         )
-        if KIND == INT4 or KIND == NF4:
+        if COPIES > 0:
+            first_of_two, second_of_two = pairs_of_columns(x, DTYPE)
+        elif KIND == INT4 or KIND == NF4:
             even = (x & 0xFFFF).to(tl.int16).to(DTYPE, bitcast=True)
             odd = (x >> 16).to(tl.int16).to(DTYPE, bitcast=True)
         if KIND == INT4:
@@ -95,6 +112,10 @@ def few_rows_tile(
             part = dot(low, even, INTERPRET) + dot(high, odd, INTERPRET)
             total = dot(ones, even, INTERPRET) + dot(ones, odd, INTERPRET)
             acc += part * scale[:, None] + total * middle[:, None]
+        elif COPIES > 0:
+            low, high = pairs_of_levels(codes, DTYPE, COPIES)
+            part = dot(low, first_of_two, INTERPRET) + dot(high, second_of_two, INTERPRET)
+            acc += part * scale[:, None]
         elif KIND == NF4:
             low, high = nf4_levels(codes, table_ptr, DTYPE, INTERPRET)
             acc += (dot(low, even, INTERPRET) + dot(high, odd, INTERPRET)) * scale[:, None]
@@ -120,7 +141,7 @@ def few_rows(
     M, N, width, x_stride, codes_stride, groups, scalers, scaler_size,
     KIND: tl.constexpr, ZERO: tl.constexpr, CODED: tl.constexpr, BIAS: tl.constexpr, DTYPE: tl.constexpr,
     GROUP: tl.constexpr, SPLITS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr,
-    BYTES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr,
+    BYTES: tl.constexpr, STAGES: tl.constexpr, WHOLE: tl.constexpr, COPIES: tl.constexpr,
     INTERPRET: tl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
@@ -133,11 +154,13 @@ def few_rows(
         ZERO: 0 none, 1 midpoints (added), 2 zero points (instead of 8).
         GROUP: bytes to a scale, a multiple of ``BYTES``; 0: one for the row.
         BYTES: of a row to a part.
+        COPIES: see :func:`ao_kernels.device.levels.fill_levels`; 0: NF4 levels are looked up in registers.
         WHOLE: whether parts, and blocks of columns, fit without a rest.
     """
     few_rows_tile(
         tl.program_id(0) * BLOCK_N, tl.program_id(1) * BLOCK_M, M, 0,
         x_ptr, codes_ptr, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, table_ptr,
         N, width, x_stride, codes_stride, groups, scalers, scaler_size,
-        KIND, ZERO, CODED, BIAS, DTYPE, GROUP, SPLITS, BLOCK_N, BLOCK_M, BYTES, STAGES, WHOLE, INTERPRET,
+        KIND, ZERO, CODED, BIAS, DTYPE, GROUP, SPLITS, BLOCK_N, BLOCK_M, BYTES, STAGES, WHOLE, COPIES,
+        INTERPRET,
     )  # fmt: skip

@@ -26,7 +26,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ao_kernels.device.copy_engine import copy_tile
 from ao_kernels.device.decode import INT4, NF4, above
-from ao_kernels.device.picked import picked_bytes, picked_levels, picked_nibbles
+from ao_kernels.device.levels import fill_levels, lane_copy
+from ao_kernels.device.picked import looked_up_levels, picked_bytes, picked_levels, picked_nibbles
 from ao_kernels.device.scales import load_row_scales, scale_of
 
 STEP = gl.constexpr(64)
@@ -66,8 +67,9 @@ def _fetch(
 
 @gluon.jit
 def _operand(
-    words, raw, WIDE: gl.constexpr, LAYOUT: gl.constexpr, TARGET: gl.constexpr,
+    words, raw, copy, WIDE: gl.constexpr, LAYOUT: gl.constexpr, TARGET: gl.constexpr,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr,
+    TABLE: gl.constexpr,
 ):  # fmt: skip
     """Words of codes ``[64, W]`` in shared memory as the left operand ``[64, 64]``.
 
@@ -90,6 +92,8 @@ def _operand(
             middle = gl.expand_dims(raw[1].to(gl.float32), 2)
         less = (-above(DTYPE) - middle).to(DTYPE)
         even, odd = picked_nibbles(gl.expand_dims(codes, 2), lane, less, scale, midpoint, DTYPE)
+    elif TABLE:
+        even, odd = looked_up_levels(gl.expand_dims(codes, 2), lane, scale, copy, DTYPE)
     elif KIND == NF4:
         even, odd = picked_levels(gl.expand_dims(codes, 2), lane, scale, DTYPE)
     else:
@@ -105,10 +109,10 @@ def _operand(
 def _multiply(
     x, codes, full, empty, codes_full, codes_empty,
     scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
-    groups, scalers, scaler_size,
+    groups, scalers, scaler_size, table,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
     GROUP: gl.constexpr, START: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    RING: gl.constexpr, CODES_RING: gl.constexpr,
+    RING: gl.constexpr, CODES_RING: gl.constexpr, TABLE: gl.constexpr,
 ):  # fmt: skip
     """Rows ``[START:START + 64]`` of each tile of codes times tiles of activations, stored transposed."""
     PACKED: gl.constexpr = KIND == INT4 or KIND == NF4
@@ -142,6 +146,7 @@ def _multiply(
         within = within + part_of_step * (BYTES // 8)
     within += first * 128
     out_ptr += gl.program_id(1).to(gl.int64) * M * N
+    copy = lane_copy(table, 32) if TABLE else table
     count = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
     done = first * 0
     for at in range(gl.program_id(0), count, gl.num_programs(0)):
@@ -154,7 +159,7 @@ def _multiply(
         )  # fmt: skip
         mbarrier.wait(codes_full.index(done % CODES_RING), done // CODES_RING & 1)
         words = codes.index(done % CODES_RING).slice(START, 64).slice(0, WORDS, dim=1)
-        w = _operand(words, raw, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE)
+        w = _operand(words, raw, copy, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE, TABLE)
         if GROUP > 0:
             raw = load_row_scales(
                 scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, within + BYTES, groups, scalers, scaler_size,
@@ -175,7 +180,9 @@ def _multiply(
                     mbarrier.wait(codes_full.index(source % CODES_RING), source // CODES_RING & 1)
                 words = codes.index(source % CODES_RING).slice(START, 64)
                 words = words.slice((part + 1) % STEPS * WORDS, WORDS, dim=1)
-                following = _operand(words, raw, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE)
+                following = _operand(
+                    words, raw, copy, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE, TABLE
+                )
                 if GROUP > 0 and (not LASTING or (part + 2) * BYTES % min(GROUP, 128) == 0):
                     raw = load_row_scales(
                         scale_ptr, zero_ptr, offset_ptr, step_ptr, rows,
@@ -230,7 +237,7 @@ def from_registers(
     M, N, width, groups, scalers, scaler_size, group_m,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr,
-    num_warps: gl.constexpr,
+    TABLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
 
@@ -241,6 +248,7 @@ def from_registers(
         width: bytes to a row of codes, a multiple of four.
         group_m: tiles of rows that run side by side, and find their weights in the L2 cache.
         GROUP: bytes to a scale, a multiple of four (of eight, if a code is a byte); 0: one for the row.
+        TABLE: look NF4 levels up in shared memory, where they take 32 KB, rather than in registers.
 
     A program takes every so many tiles of the output. Programs on the second axis of the grid share a row;
     ``out`` is then ``[programs, M, N]``.
@@ -264,19 +272,22 @@ def from_registers(
         mbarrier.init(codes_full.index(i), count=1)
         mbarrier.init(codes_empty.index(i), count=2)
     fence_async_shared()
+    table = first * 0
+    if TABLE:
+        table = fill_levels(DTYPE, 32)
     gl.warp_specialize(
         [
             (_multiply, (
                 x, codes, full, empty, codes_full, codes_empty,
                 scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
-                groups, scalers, scaler_size,
-                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 0, BLOCK_M, BLOCK_N, RING, CODES_RING,
+                groups, scalers, scaler_size, table,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 0, BLOCK_M, BLOCK_N, RING, CODES_RING, TABLE,
             )),
             (_multiply, (
                 x, codes, full, empty, codes_full, codes_empty,
                 scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
-                groups, scalers, scaler_size,
-                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 64, BLOCK_M, BLOCK_N, RING, CODES_RING,
+                groups, scalers, scaler_size, table,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 64, BLOCK_M, BLOCK_N, RING, CODES_RING, TABLE,
             )),
             (_fetch, (
                 x_desc, x, full, empty, M, N, group_m, first * STEPS, tiles * STEPS,

@@ -17,7 +17,8 @@ def load_scales(
         scale_ptrs: of each row's first group; so the others.
         byte: of the codes of a row.
         ZERO: 0 none, 1 midpoints (added), 2 zero points (instead of 8).
-        CODED: whether scales are bytes, which stand for ``(offset + code * step) ** 4``.
+        CODED: 0; or scales are bytes, which stand for ``(offset + code * step) ** 4``: 1 with an offset and a
+            step for the row, 2 with one of each for every ``scaler_size`` groups.
         GROUP: bytes to a scale; 0: one for the row.
     """
     group = byte * 0
@@ -29,7 +30,10 @@ def load_scales(
     step = scale
     if ZERO > 0:
         zero = tl.load(zero_ptrs + group)
-    if CODED:
+    if CODED == 1:
+        offset = tl.load(offset_ptrs + group * 0)
+        step = tl.load(step_ptrs + group * 0)
+    elif CODED == 2:
         offset = tl.load(offset_ptrs + group // scaler_size)
         step = tl.load(step_ptrs + group // scaler_size)
     return scale, zero, offset, step
