@@ -55,7 +55,7 @@ class Specialized:
 class Registers:
     """Tiles of :func:`ao_kernels.device.from_registers.from_registers`; ``group_m`` run side by side.
 
-    ``table``: NF4 levels are looked up in shared memory.
+    ``table``: what 4-bit codes stand for is looked up in shared memory.
     """
 
     block_m: int
@@ -131,37 +131,68 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
             ),
             (
                 128,
-                Registers(128, 6, 3, 1, 1),
-                (Registers(128, 6, 3, 1, 4), Specialized(128, 128, 64, 3, 2, 1, 4)),
+                Registers(128, 6, 3, 1, 1, table=True),
+                (Registers(128, 6, 3, 1, 4, table=True), Specialized(128, 128, 64, 3, 2, 1, 4)),
             ),
             (
                 256,
-                Registers(256, 5, 2, 1, 1),
-                (Registers(256, 5, 2, 1, 4), Specialized(256, 128, 32, 4, 2, 1, 4)),
+                Registers(256, 4, 2, 1, 1, table=True),
+                (Registers(256, 4, 2, 1, 4, table=True), Specialized(256, 128, 32, 4, 2, 1, 4)),
             ),
-            (512, Registers(256, 5, 2, 1, 1), (Registers(256, 5, 2, 1, 2), Registers(128, 6, 3, 1, 1))),
-            (ANY, Registers(256, 5, 2, 4, 1), Registers(256, 5, 2, 1, 1)),
+            (
+                512,
+                Registers(256, 4, 2, 1, 1, table=True),
+                (Registers(256, 4, 2, 1, 2, table=True), Registers(128, 6, 3, 4, 1, table=True)),
+            ),
+            (ANY, Registers(256, 4, 2, 4, 1, table=True), Registers(256, 4, 2, 1, 1, table=True)),
         ),
     ),
     "nf4": (
-        17,
+        1,
         (
-            (32, Few(1, 64, 32, 2, 32, 3), Specialized(64, 128, 64, 4, 2, 1, 4)),
-            (64, Specialized(64, 128, 64, 4, 2, 1, 1), Specialized(64, 128, 64, 4, 2, 1, 4)),
-            (128, Specialized(128, 128, 64, 3, 2, 1, 1), Specialized(128, 128, 64, 3, 2, 1, 4)),
-            (256, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 32, 4, 2, 1, 4)),
-            (512, Specialized(256, 128, 32, 4, 2, 8, 1), Specialized(256, 128, 32, 4, 2, 8, 2)),
+            (1, Few(8, 16, 1, 4, 32, 4, copies=32), Few(8, 8, 1, 2, 32, 4, copies=32)),
+            (2, Few(4, 32, 2, 2, 32, 4, copies=32), Few(4, 16, 2, 2, 32, 4, copies=32)),
+            (4, Few(2, 32, 4, 2, 32, 5, copies=32), Few(4, 16, 4, 2, 32, 4)),
+            (8, Few(2, 32, 8, 2, 32, 4, copies=32), Few(4, 16, 8, 2, 32, 4)),
+            (16, Registers(16, 8, 3, 1, 1, table=True), Registers(16, 8, 3, 1, 4, table=True)),
+            (32, Registers(32, 8, 3, 1, 1, table=True), Registers(32, 8, 3, 1, 4, table=True)),
+            (64, Registers(64, 8, 3, 1, 1, table=True), Registers(64, 8, 3, 1, 4, table=True)),
+            (128, Registers(128, 6, 3, 1, 1, table=True), Registers(128, 6, 3, 1, 4, table=True)),
+            (256, Registers(256, 4, 2, 1, 1, table=True), Registers(256, 4, 2, 1, 4, table=True)),
+            (
+                512,
+                Registers(256, 4, 2, 1, 1, table=True),
+                (Registers(256, 4, 2, 1, 2, table=True), Registers(128, 6, 3, 4, 1, table=True)),
+            ),
+            (ANY, Registers(256, 4, 2, 4, 1, table=True), Registers(256, 4, 2, 1, 1, table=True)),
         ),
     ),
     "int8": (
-        17,
+        9,
         (
+            (
+                16,
+                Few(1, 32, 16, 2, 128, 4),
+                (Registers(16, 8, 3, 1, 4), Few(2, 16, 16, 2, 128, 4)),
+            ),
             (32, Registers(32, 8, 3, 1, 1), Many(64, 32, 4, 128, 3, 4)),
-            (64, Registers(64, 8, 3, 1, 1), Specialized(64, 128, 128, 3, 3, 1, 4)),
-            (128, Specialized(128, 128, 128, 3, 2, 1, 1), Specialized(128, 128, 128, 3, 2, 1, 4)),
+            (
+                64,
+                Registers(64, 8, 3, 1, 1),
+                (Registers(64, 8, 3, 1, 4), Specialized(64, 128, 128, 3, 3, 1, 4)),
+            ),
+            (
+                128,
+                Registers(128, 6, 3, 1, 1),
+                (Registers(128, 6, 3, 1, 4), Specialized(128, 128, 128, 3, 2, 1, 4)),
+            ),
             (256, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 64, 4, 2, 1, 4)),
-            (512, Registers(256, 5, 2, 1, 1), Specialized(256, 128, 64, 4, 2, 8, 2)),
-            (1024, Decoded(), Registers(256, 5, 2, 1, 1)),
+            (
+                512,
+                Registers(256, 5, 2, 4, 1),
+                (Registers(256, 5, 2, 1, 2), Registers(128, 6, 3, 4, 1)),
+            ),
+            (1024, Registers(256, 5, 2, 4, 1), Registers(256, 5, 2, 1, 1)),
         ),
     ),
 }
