@@ -92,7 +92,7 @@ def test_hopper_has_tiles_of_its_own_from_some_rows_on(kind):
     own = (Specialized, Registers)
     for n in (4096, 14336):
         assert all(isinstance(weight_config(kind, m, n, 4096, hopper=True), own) for m in (64, 128, 256, 512))
-        assert weight_config(kind, 1, n, 64) == weight_config(kind, 1, n, 64, hopper=True)
+        assert isinstance(weight_config(kind, 1, n, 64, hopper=True), Few)
         assert not any(isinstance(weight_config(kind, m, n, 4096), own) for m in (1, 16, 64, 512, 4096))
     assert isinstance(weight_config("int4", 10**6, 14336, 4096, hopper=True), Registers)
     deep, shallow = (weight_config("int4", 512, 4096, k, hopper=True) for k in (14336, 4096))
