@@ -223,7 +223,7 @@ def compile_hopper() -> int:
     ]:  # fmt: skip
         slots = {"BLOCK_M": rows, "RING": ring, "CODES_RING": codes}
         descriptors = (tiles(rows, 64, gl.bfloat16, "bf16"), tiles(128, 32, gl.int32, "i32"))
-        for table in (False, True) if weight[0] in ("NF4", "INT4") else (False,):
+        for table in (False, True) if weight[0] == "NF4" else (False,):
             build(from_registers, weight, {**slots, "TABLE": table}, 4, descriptors)
     return done
 

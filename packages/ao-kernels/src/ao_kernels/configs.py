@@ -55,7 +55,7 @@ class Specialized:
 class Registers:
     """Tiles of :func:`ao_kernels.device.from_registers.from_registers`; ``group_m`` run side by side.
 
-    ``table``: what 4-bit codes stand for is looked up in shared memory.
+    ``table``: NF4 levels are looked up in shared memory.
     """
 
     block_m: int
@@ -131,20 +131,16 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
             ),
             (
                 128,
-                Registers(128, 6, 3, 1, 1, table=True),
-                (Registers(128, 6, 3, 1, 4, table=True), Specialized(128, 128, 64, 3, 2, 1, 4)),
+                Registers(128, 6, 3, 1, 1),
+                (Registers(128, 6, 3, 1, 4), Specialized(128, 128, 64, 3, 2, 1, 4)),
             ),
             (
                 256,
-                Registers(256, 4, 2, 1, 1, table=True),
-                (Registers(256, 4, 2, 1, 4, table=True), Specialized(256, 128, 32, 4, 2, 1, 4)),
+                Registers(256, 5, 2, 1, 1),
+                (Registers(256, 5, 2, 1, 4), Specialized(256, 128, 32, 4, 2, 1, 4)),
             ),
-            (
-                512,
-                Registers(256, 4, 2, 1, 1, table=True),
-                (Registers(256, 4, 2, 1, 2, table=True), Registers(128, 6, 3, 4, 1, table=True)),
-            ),
-            (ANY, Registers(256, 4, 2, 4, 1, table=True), Registers(256, 4, 2, 1, 1, table=True)),
+            (512, Registers(256, 5, 2, 1, 1), (Registers(256, 5, 2, 1, 2), Registers(128, 6, 3, 1, 1))),
+            (ANY, Registers(256, 5, 2, 4, 1), Registers(256, 5, 2, 1, 1)),
         ),
     ),
     "nf4": (

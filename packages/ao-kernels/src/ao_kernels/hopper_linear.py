@@ -57,7 +57,7 @@ def launch(
         from_registers[(programs, parts)](
             _tiles(x, config.block_m, 64), _tiles(codes.view(torch.int32), 128, 32), *arguments, **constants,
             BLOCK_M=config.block_m, RING=config.ring, CODES_RING=config.codes_ring,
-            TABLE=config.table and weight.packed, num_warps=4,
+            TABLE=config.table and weight.kind == "nf4", num_warps=4,
         )  # fmt: skip
     if parts > 1:
         add_up(target, bias, given, out)

@@ -17,7 +17,7 @@ from ao_kernels.trials import PACKED, Fault, Trials
 KINDS = ("int4", "nf4", "int8", "float8", "int8-dynamic")
 _MOST_SHARED = 200_000  # bytes of shared memory that tiles may take
 _SHARED = 231_000  # and those of the specialized kernel, which runs alone on a multiprocessor
-_TABLE = 33_000  # of these, of what codes stand for
+_TABLE = 33_000  # of these, of NF4 levels
 _SHARED_UNASKED = 48 << 10  # and one with a table, for which Triton does not ask for more
 _ROUNDS = ((4, 3), (8, 3), (20, 1))  # replays, and by how much the field is cut after them
 
@@ -104,7 +104,7 @@ def _registers(cell: Cell) -> Iterator[Tiles]:
         if split_k > 1 and programs * split_k > 264:
             continue
         staged = 2 * 2 * 64 * min(block_m, 64)  # of the output, on its way out
-        for table in (False, True) if cell.kind in PACKED else (False,):
+        for table in (False, True) if cell.kind == "nf4" else (False,):
             left = _SHARED - 128 * 128 * codes_ring - staged - (_TABLE if table else 0)
             ring = min(left // (2 * 64 * block_m), 8)
             for group_m in (1,) if cell.rows <= block_m else (1, 4):

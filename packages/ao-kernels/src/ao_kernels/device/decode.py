@@ -207,8 +207,6 @@ def _numbers(half: bool) -> dict[str, object]:
 
 
 FOR_BFLOAT16, FOR_FLOAT16 = _numbers(half=False), _numbers(half=True)
-INT4_BITS_BFLOAT16 = [bits_of(code - 8, False) for code in range(16)]
-INT4_BITS_FLOAT16 = [bits_of(code - 8, True) for code in range(16)]
 NF4_BITS_BFLOAT16 = [bits_of(level, False) for level in NF4_LEVELS]
 NF4_BITS_FLOAT16 = [bits_of(level, True) for level in NF4_LEVELS]
 _NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_BFLOAT16))

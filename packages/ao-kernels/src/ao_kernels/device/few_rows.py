@@ -81,7 +81,7 @@ def few_rows_tile(
         line = tl.arange(0, TILE_N * BYTES * 4 // 128)
         ahead_n = tl.minimum(column + line // LINES, N - 1).to(tl.int64) + base
         fetch_ahead(codes_ptr + ahead_n * codes_stride + tl.minimum(line % LINES * 128, width - 1))
-        keep_copy(lane_copy(fill_levels(KIND, DTYPE, COPIES), COPIES))
+        keep_copy(lane_copy(fill_levels(DTYPE, COPIES), COPIES))
     for i in tl.range(0, tl.cdiv(width, SPLITS * BYTES), num_stages=STAGES):
         at = i * (SPLITS * BYTES)
         if WHOLE:

@@ -83,12 +83,7 @@ def _operand(
         scale = gl.full_like(scale, 1.0)
     scale = gl.expand_dims(scale, 2)
     codes = words.load(WIDE)
-    if TABLE:
-        zero = scale
-        if ZERO > 0:
-            zero = gl.expand_dims(raw[1].to(gl.float32), 2)
-        even, odd = looked_up_levels(gl.expand_dims(codes, 2), lane, scale, zero, copy, ZERO, DTYPE)
-    elif KIND == INT4:
+    if KIND == INT4:
         middle = gl.full_like(scale, 8.0)
         midpoint = gl.zeros_like(scale)
         if ZERO == 1:
@@ -97,6 +92,8 @@ def _operand(
             middle = gl.expand_dims(raw[1].to(gl.float32), 2)
         less = (-above(DTYPE) - middle).to(DTYPE)
         even, odd = picked_nibbles(gl.expand_dims(codes, 2), lane, less, scale, midpoint, DTYPE)
+    elif TABLE:
+        even, odd = looked_up_levels(gl.expand_dims(codes, 2), lane, scale, copy, DTYPE)
     elif KIND == NF4:
         even, odd = picked_levels(gl.expand_dims(codes, 2), lane, scale, DTYPE)
     else:
@@ -251,7 +248,7 @@ def from_registers(
         width: bytes to a row of codes, a multiple of four.
         group_m: tiles of rows that run side by side, and find their weights in the L2 cache.
         GROUP: bytes to a scale, a multiple of four (of eight, if a code is a byte); 0: one for the row.
-        TABLE: look 4-bit codes up in shared memory, in 32 KB, rather than decode them in registers.
+        TABLE: look NF4 levels up in shared memory, where they take 32 KB, rather than in registers.
 
     A program takes every so many tiles of the output. Programs on the second axis of the grid share a row;
     ``out`` is then ``[programs, M, N]``.
@@ -277,7 +274,7 @@ def from_registers(
     fence_async_shared()
     table = first * 0
     if TABLE:
-        table = fill_levels(KIND, DTYPE, 32)
+        table = fill_levels(DTYPE, 32)
     gl.warp_specialize(
         [
             (_multiply, (

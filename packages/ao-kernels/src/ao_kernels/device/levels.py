@@ -1,6 +1,4 @@
-"""What 4-bit codes stand for, looked up in shared memory: both of a byte at once.
-
-Compiled only, never interpreted.
+"""NF4 levels looked up in shared memory: both codes of a byte at once. Compiled only: never interpreted.
 
 A table of 256 words, one for each byte, is kept in several copies, a word of each beside the other. With 32
 copies each lane of a warp reads from a bank of its own. Two weights take three instructions.
@@ -12,15 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from ao_kernels.device.decode import (
-    INT4,
-    INT4_BITS_BFLOAT16,
-    INT4_BITS_FLOAT16,
-    NF4,
-    NF4_BITS_BFLOAT16,
-    NF4_BITS_FLOAT16,
-    level_asm,
-)
+from ao_kernels.device.decode import NF4_BITS_BFLOAT16, NF4_BITS_FLOAT16, level_asm
 
 # $0 to $3: levels of bytes 0, 2, 1 and 3 of a word, that of the low code in the low half; $4: the word.
 # level_copy: where the lane's copy of the table starts. {bytes}: from an entry to the next.
@@ -41,20 +31,13 @@ _LOOK_UP = """{{
 }}"""
 
 
-_BITS = {
-    (NF4.value, 0): NF4_BITS_BFLOAT16,
-    (NF4.value, 1): NF4_BITS_FLOAT16,
-    (INT4.value, 0): INT4_BITS_BFLOAT16,
-    (INT4.value, 1): INT4_BITS_FLOAT16,
-}
-
-
-def _fill_asm(bits: list[int], copies: int, warps: int) -> str:
+def _fill_asm(half: bool, copies: int, warps: int) -> str:
     """Assembly that fills the table, 16 bytes of copies side by side at a time; ``$0``: where it starts.
 
     A thread writes every ``at_once``-th entry, from one on that depends on it: the low codes of its entries
     are one or a few, which it looks up; high codes are known here.
     """
+    bits = NF4_BITS_FLOAT16 if half else NF4_BITS_BFLOAT16
     at_once = 32 * warps * 4 // copies  # entries that all threads together write with one store
     lines = [
         f".shared .align 16 .b32 table[{256 * copies}];",
@@ -87,8 +70,8 @@ def _fill_asm(bits: list[int], copies: int, warps: int) -> str:
 LOOKING_UP = tl.constexpr({copies: _LOOK_UP.format(bytes=4 * copies) for copies in (16, 32)})
 FILLING = tl.constexpr(
     {
-        1000 * kind + 20 * copies + 2 * warps + half: _fill_asm(bits, copies, warps)
-        for (kind, half), bits in _BITS.items()
+        100 * copies + 2 * warps + half: _fill_asm(half == 1, copies, warps)
+        for half in (0, 1)
         for copies in (16, 32)
         for warps in (1, 2, 4, 8)
     }
@@ -105,13 +88,10 @@ def fetch_ahead(pointers):
 
 
 @triton.jit
-def fill_levels(KIND: tl.constexpr, DTYPE: tl.constexpr, COPIES: tl.constexpr):
-    """Fill the table, ``COPIES`` KB, once in a kernel, and wait for all threads: where it starts.
-
-    ``KIND``: NF4, or INT4, whose codes stand for themselves less 8.
-    """
+def fill_levels(DTYPE: tl.constexpr, COPIES: tl.constexpr):
+    """Fill the table, ``COPIES`` KB, once in a kernel, and wait for all threads: where it starts."""
     HALF: tl.constexpr = 1 if DTYPE == tl.float16 else 0
-    ASSEMBLY: tl.constexpr = FILLING[1000 * KIND + 20 * COPIES + 2 * num_warps() + HALF]
+    ASSEMBLY: tl.constexpr = FILLING[100 * COPIES + 2 * num_warps() + HALF]
     return tl.inline_asm_elementwise(ASSEMBLY, "=r", [], tl.uint32, is_pure=False, pack=1)
 
 

@@ -61,30 +61,16 @@ def _bytes_asm(template: str, half: bool, scaled: bool) -> tl.constexpr:
     return tl.constexpr(template.format(**numbers, both=signed_asm(half, "both"), scaling=scaling))
 
 
-# One byte out of a word: $0, $1 what its low and its high four bits stand for, looked up and scaled. $2: the
-# word; $3: which byte, as a permutation; $4: the lane's copy of the table; $5: the scale, twice; $6: what is
-# added, twice.
+# One byte out of a word: $0, $1 the levels of its low and its high four bits, looked up and scaled. $2: the
+# word; $3: which byte, as a permutation; $4: the lane's copy of the table; $5: the scale, twice.
 _LOOKED_UP = """{{
-    .reg .b32 pair, one;
-    mov.b32 one, {one};
+    .reg .b32 pair;
     prmt.b32 pair, $2, 0, $3;
-    mad.lo.u32 pair, pair, 128, $4;
+    mad.lo.u32 pair, pair, {bytes}, $4;
     ld.shared.b32 pair, [pair];
-    {change}
+    mul.rn.{dtype} pair, pair, $5;
     mov.b32 {{$0, $1}}, pair;
 }}"""
-_CHANGES = (
-    "mul.rn.{dtype} pair, pair, $5;",
-    "fma.rn.{dtype} pair, pair, $5, $6;",
-    "fma.rn.{dtype} pair, pair, one, $6; mul.rn.{dtype} pair, pair, $5;",
-)
-"""Without zeros; a midpoint is added; zero points are taken off before."""
-
-
-def _looked_up_asm(numbers: dict[str, object]) -> tl.constexpr:
-    """For each kind of zeros."""
-    return tl.constexpr([_LOOKED_UP.format(**numbers, change=each.format(**numbers)) for each in _CHANGES])
-
 
 _PICKING = (
     ".reg .b32 bytes, rest; prmt.b32 bytes, $4, $5, $8; prmt.b32 rest, $6, $7, $8; "
@@ -103,8 +89,8 @@ _SCALED_E4M3_BFLOAT16 = _bytes_asm(_FLOAT8, half=False, scaled=True)
 _SCALED_E4M3_FLOAT16 = _bytes_asm(_FLOAT8, half=True, scaled=True)
 _NF4_BFLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_BFLOAT16, "bytes", _PICKING))
 _NF4_FLOAT16 = tl.constexpr(nf4_asm(NF4_BITS_FLOAT16, "bytes", _PICKING))
-_LOOKED_UP_BFLOAT16 = _looked_up_asm(FOR_BFLOAT16)
-_LOOKED_UP_FLOAT16 = _looked_up_asm(FOR_FLOAT16)
+_LOOKED_UP_BFLOAT16 = tl.constexpr(_LOOKED_UP.format(**FOR_BFLOAT16, bytes=4 * 32))
+_LOOKED_UP_FLOAT16 = tl.constexpr(_LOOKED_UP.format(**FOR_FLOAT16, bytes=4 * 32))
 _NF4_REGISTERS = tl.constexpr(",".join(["=&r"] * 4 + ["r"] * 8))
 
 
@@ -146,24 +132,13 @@ def picked_levels(words, lane, scale, DTYPE: tl.constexpr):
 
 
 @triton.jit
-def looked_up_levels(words, lane, scale, zero, copy, ZERO: tl.constexpr, DTYPE: tl.constexpr):
-    """What byte ``lane`` of words stands for, its low and its high half, by a table in shared memory; scaled.
-
-    Args:
-        words: of four bytes each.
-        lane: which of the four.
-        scale: all are broadcast.
-        zero: a midpoint, added (``ZERO`` 1), or a zero point instead of 8 (2).
-        copy: of the table's 32 copies the lane's, as of ``levels.lane_copy``.
-    """
-    ASSEMBLY: tl.constexpr = _LOOKED_UP_BFLOAT16[ZERO] if DTYPE == tl.bfloat16 else _LOOKED_UP_FLOAT16[ZERO]
+def looked_up_levels(words, lane, scale, copy, DTYPE: tl.constexpr):
+    """The same by a table of 32 copies in shared memory; ``copy``: the lane's, as of ``levels.lane_copy``."""
+    ASSEMBLY: tl.constexpr = _LOOKED_UP_BFLOAT16 if DTYPE == tl.bfloat16 else _LOOKED_UP_FLOAT16
     chosen = 0x4440 + lane
     factor = _twice_in_a_word(scale, DTYPE)
-    added = factor
-    if ZERO > 0:
-        added = _twice_in_a_word(8.0 - zero if ZERO == 2 else zero, DTYPE)
     low, high = tl.inline_asm_elementwise(
-        ASSEMBLY, "=h,=h,r,r,r,r,r", [words, chosen, copy, factor, added], (tl.uint16, tl.uint16),
+        ASSEMBLY, "=h,=h,r,r,r,r", [words, chosen, copy, factor], (tl.uint16, tl.uint16),
         is_pure=True, pack=1,
     )  # fmt: skip
     return low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True)
