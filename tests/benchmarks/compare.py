@@ -1,7 +1,7 @@
 """Compare kernel results with a baseline, and fail where a kernel is more than 10% slower.
 
-hatch run bench:kernels --baseline docs/results/h100-kernels.json          # measures, then compares
-python tests/benchmarks/compare.py RUN.json [docs/results/h100-kernels.json]    # two files
+hatch run bench:kernels --baseline docs/results/h200-kernels.json          # measures, then compares
+python tests/benchmarks/compare.py RUN.json [docs/results/h200-kernels.json]    # two files
 
 Exit code 1: something is slower, or no longer runs; 2: they can't be compared. What counts is the ratio to
 the bfloat16 linear, which is measured in turns with each kernel: a card that clocks lower slows both.
@@ -16,7 +16,7 @@ from pathlib import Path
 from kernel_results import elsewhere, read
 
 MOST = 1.10
-BASELINE = "docs/results/h100-kernels.json"
+BASELINE = "docs/results/h200-kernels.json"
 
 
 @dataclass
