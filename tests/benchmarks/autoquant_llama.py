@@ -1,6 +1,6 @@
 """Autoquant on a Llama-3-8B-shaped model with random weights: seconds of a search, and what its plans gain.
 
-    python tests/benchmarks/autoquant_llama.py docs/results/h100-autoquant.json [--layers 32]
+    python tests/benchmarks/autoquant_llama.py docs/results/h200-autoquant.json [--layers 32]
 
 Searches for decoding one token, for a prompt of 2048, and for a prompt with 128 tokens after it: from an
 empty cache, then again. Then every uniform scheme, and every plan, on a copy of the model: the step of one
@@ -27,7 +27,9 @@ import ao_core as ao
 from ao_autoquant import explore
 from ao_core.plan import fingerprint
 
-SCHEMES = ("int4-weight-only:group_size=128", "nf4", "int8-weight-only", "float8-weight-only", "int8-dynamic")
+SCHEMES = (
+    "int4-weight-only:group_size=128", "uint4", "nf4", "int8-weight-only", "float8-weight-only", "int8-dynamic",
+)  # fmt: skip
 MIXES = {"decode": (0.0, 1.0), "prefill": (1.0, 0.0), "mix": (1.0, 128.0)}  # prompts, tokens after them
 PROMPT, ROUNDS = 2048, 30
 
