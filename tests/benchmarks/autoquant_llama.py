@@ -28,8 +28,13 @@ from ao_autoquant import explore
 from ao_core.plan import fingerprint
 
 SCHEMES = (
-    "int4-weight-only:group_size=128", "uint4", "nf4", "int8-weight-only", "float8-weight-only", "int8-dynamic",
-)  # fmt: skip
+    "int4-weight-only:group_size=128",
+    "uint4",
+    "nf4",
+    "int8-weight-only",
+    "float8-weight-only",
+    "int8-dynamic",
+)
 MIXES = {"decode": (0.0, 1.0), "prefill": (1.0, 0.0), "mix": (1.0, 128.0)}  # prompts, tokens after them
 PROMPT, ROUNDS = 2048, 30
 
