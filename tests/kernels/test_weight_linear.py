@@ -11,7 +11,7 @@ from ao_core.testing.kernels import poisoned_memory
 from ao_kernels import int8_mm
 from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
 from ao_kernels.support import hopper
-from ao_kernels.weight_linear import dequantized, weight_linear
+from ao_kernels.weight_linear import dequantized, rows_of, weight_linear
 
 CONFIGS = {
     "one row": Few(8, 8, 1, 2, 64, 3),
@@ -107,6 +107,19 @@ def test_dequantized_rows(kind, device):
         with poisoned_memory():
             found = dequantized(weight, k, torch.bfloat16, rows)
         assert ao.sqnr(values[rows], found.cpu()) > LEAST[torch.bfloat16], (n, k)
+
+
+@pytest.mark.parametrize("kind", ["int4", "int8"])
+def test_where_triton_takes_no_narrow_products_tiles_are_wider(kind, device, monkeypatch):
+    """Triton 3.4 refuses those of less than 16 columns."""
+    monkeypatch.setattr("ao_kernels.weight_linear.least_columns", lambda: 16)
+    assert all(rows_of(Few(splits, 8, 1, 2, 64, 3)) * splits == 16 for splits in (1, 2, 4, 8))
+    weight, values = codes(kind, 17, 96, device)
+    x = torch.randn(3, 96, generator=torch.Generator().manual_seed(0)).bfloat16()
+    for rows in (1, 3):
+        with poisoned_memory():
+            found = weight_linear(x[:rows].to(device), weight, None, Few(4, 16, 2, 2, 32, 3))
+        assert ao.sqnr(x[:rows].double() @ values.t(), found.cpu()) > LEAST[torch.bfloat16]
 
 
 def test_words_of_two_activations_are_copied_where_they_are_not_aligned(device):

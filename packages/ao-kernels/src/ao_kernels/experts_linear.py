@@ -10,7 +10,15 @@ import triton
 from ao_kernels.configs import Config, Decoded, Few, Many, weight_config
 from ao_kernels.device.experts import few_rows_experts, many_rows_experts
 from ao_kernels.rows import columns_in_order, pairs_of_columns, plain_rows
-from ao_kernels.weight_linear import Codes, check_columns, dequantized, nf4_table, on_device, strides
+from ao_kernels.weight_linear import (
+    Codes,
+    check_columns,
+    dequantized,
+    nf4_table,
+    on_device,
+    rows_of,
+    strides,
+)
 
 _DECODED_ROWS = 128
 """Of an expert, that tiles are taken for where a stack can't be multiplied in floats."""
@@ -109,23 +117,24 @@ def _launch(
 ) -> torch.Tensor:
     codes, *parameters = weight.pointers()
     (s, n), width = out.shape, codes.shape[1]
-    size = weight.tile_bytes(config.bytes)
+    size, block_m = weight.tile_bytes(config.bytes), config.block_m
     constants = weight.constants(x.dtype)
     if isinstance(config, Few):
+        block_m = rows_of(config)
         x = pairs_of_columns(x) if weight.packed else plain_rows(x)
         kernel, step, more = few_rows_experts, size * config.splits, {"SPLITS": config.splits}
     else:
         x = columns_in_order(x, width, size, constants["DTYPE"]) if weight.packed else plain_rows(x)
         kernel, step, more = many_rows_experts, size, {}
     each = 0 if offsets is not None else s // experts
-    tiles = experts * triton.cdiv(each, config.block_m)
+    tiles = experts * triton.cdiv(each, block_m)
     if offsets is not None:  # an expert's last tile may be short, and so may that of the rows of none
-        tiles = s // config.block_m + min(experts + 1, s)
+        tiles = s // block_m + min(experts + 1, s)
     kernel[(tiles * triton.cdiv(n, config.block_n),)](
         x, codes, *parameters, codes if offsets is None else offsets.contiguous(), out, nf4_table(out),
         s, experts, each, tiles, n, width, x.stride(0), *strides(weight, codes, parameters[0]),
         **constants, EXPERTS=0 if offsets is None else triton.next_power_of_2(experts + 1), **more,
-        BLOCK_N=config.block_n, BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages,
+        BLOCK_N=config.block_n, BLOCK_M=block_m, BYTES=size, STAGES=config.stages,
         WHOLE=width % step == 0 and n % config.block_n == 0, num_warps=config.warps,
     )  # fmt: skip
     return out

@@ -69,6 +69,14 @@ def group_misfit(group_size: int, scale: tuple[torch.Size, torch.dtype] | None, 
 
 
 @functools.cache
+def least_columns() -> int:
+    """Of a product: Triton before 3.5 refuses fewer, later ones fill them up."""
+    import triton
+
+    return 16 if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 5) else 1
+
+
+@functools.cache
 def of_a_warp(warps: int, columns: int) -> bool:
     """Whether a product runs on a warp's matrix instructions on Hopper, not on those of four warps.
 

@@ -20,7 +20,7 @@ from ao_kernels.device.dequantize import dequantize
 from ao_kernels.device.few_rows import few_rows
 from ao_kernels.device.many_rows import add_parts, many_rows
 from ao_kernels.rows import columns_in_order, pairs_of_columns, plain_rows
-from ao_kernels.support import hopper, of_a_warp
+from ao_kernels.support import hopper, least_columns, of_a_warp
 
 _TYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 _KINDS = {"int4": decode.INT4, "nf4": decode.NF4, "int8": decode.INT8, "float8": decode.FLOAT8}
@@ -197,16 +197,21 @@ def _few(x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, out: torch.T
     codes, *parameters = weight.pointers()
     (n, width), m = codes.shape, x.shape[0]
     words = pairs_of_columns(x) if weight.packed else plain_rows(x)
-    size = weight.tile_bytes(config.bytes)
-    grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))
+    size, block_m = weight.tile_bytes(config.bytes), rows_of(config)
+    grid = (triton.cdiv(n, config.block_n), triton.cdiv(m, block_m))
     few_rows[grid](
         words, codes, *parameters, x if bias is None else bias, out, nf4_table(out),
         m, n, width, words.stride(0), *strides(weight, codes, parameters[0]),
         **weight.constants(x.dtype), BIAS=bias is not None, SPLITS=config.splits, BLOCK_N=config.block_n,
-        BLOCK_M=config.block_m, BYTES=size, STAGES=config.stages,
+        BLOCK_M=block_m, BYTES=size, STAGES=config.stages,
         WHOLE=width % (size * config.splits) == 0 and n % config.block_n == 0,
         COPIES=_copies(config, weight, x.device), num_warps=config.warps,
     )  # fmt: skip
+
+
+def rows_of(config: Few) -> int:
+    """Of a tile: more than ``config`` says where Triton takes no product as narrow."""
+    return max(config.block_m, least_columns() // config.splits)
 
 
 def _copies(config: Few, weight: Codes, device: torch.device) -> int:

@@ -44,7 +44,8 @@ def _finish(
 def _product(x, w, acc, FLOAT: tl.constexpr, BLOCK_K: tl.constexpr):
     """``acc + x @ w``."""
     if FLOAT:
-        acc = tl.dot(x, w, acc, max_num_imprecise_acc=min(BLOCK_K, 128))
+        IMPRECISE: tl.constexpr = BLOCK_K if BLOCK_K < 128 else 128
+        acc = tl.dot(x, w, acc, max_num_imprecise_acc=IMPRECISE)
     else:
         acc = tl.dot(x, w, acc, out_dtype=tl.int32)
     return acc
