@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -112,6 +115,32 @@ def test_saving_again_replaces_the_companions(tmp_path):
     assert config["tie_word_embeddings"] is False
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(logits(ao.load(tmp_path / "saved"), ids), logits(model, ids))
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_a_disk_that_is_full_before_the_index(tmp_path, monkeypatch, overwrite):
+    """The config and the tokenizer are those of before too; another attempt is not refused."""
+    path = tmp_path / "saved"
+    if overwrite:
+        ao.save(make_model(), path, tokenizer=make_tokenizer())
+        before = {file.name: file.read_bytes() for file in path.iterdir()}
+    write = Path.write_text
+
+    def fail(file, text, **options):
+        if file.name == "ao.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(file, text, **options)
+
+    other = make_model(tied=False)
+    with monkeypatch.context() as full:
+        full.setattr(Path, "write_text", fail)
+        with pytest.raises(ao.CheckpointError, match="No space left"):
+            ao.save(other, path)
+    if overwrite:
+        assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    else:
+        assert not path.exists()
+    ao.save(other, path)
 
 
 @pytest.mark.parametrize("damage", ["flip", "remove"])

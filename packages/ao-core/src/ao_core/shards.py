@@ -82,13 +82,13 @@ class Writer:
 
     def commit(self, index: str) -> None:
         """Replace ``ao.json`` in one step, then delete the shards of an earlier save."""
+        temporary = self.scratch / INDEX
+        temporary.write_text(index, encoding="utf-8")
+        _sync(temporary)  # a full disk ends here: from now on files are only renamed
         for companion in sorted((self.scratch / COMPANIONS).glob("*")):
             if (old := self.path / companion.name).is_dir():
                 shutil.rmtree(old)
             companion.replace(old)
-        temporary = self.scratch / INDEX
-        temporary.write_text(index, encoding="utf-8")
-        _sync(temporary)
         temporary.replace(self.path / INDEX)
         self._new.clear()
         for shard in self.path.glob("model-????????-?????-of-?????.safetensors"):
