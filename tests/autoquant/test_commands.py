@@ -70,6 +70,12 @@ def test_what_fails_says_so_and_writes_nothing(directory, tmp_path, capsys):
     assert "format 99" in capsys.readouterr().err
 
 
+def test_measurements_that_cannot_be_kept_are_a_warning(directory, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("AO_AUTOQUANT_CACHE", str(tmp_path))
+    assert search(directory, tmp_path / "out") == 0
+    assert f"warning: measurements can't be kept in {tmp_path}" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_plan_of_long_names_is_whole_at_80_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     long = "int8-dynamic-int4-weight:group_size=32,zero_point=integer"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 
 import pytest
 import torch
@@ -182,13 +183,19 @@ def test_a_full_disk(run, places, out, monkeypatch):
 
 
 def test_a_damaged_checkpoint_is_named(run, places, tmp_path):
-    import shutil
-
     shutil.copytree(places.quantized, tmp_path / "copy")
     shard = next((tmp_path / "copy").glob("*.safetensors"))
     os.truncate(shard, 1000)
     done = run("eval", tmp_path / "copy", "--text", places.text)
     assert_fails(done, 1, shard.name, "is truncated: 1000 bytes")
+
+
+def test_a_file_that_is_not_as_it_was_saved_is_a_warning(run, places, tmp_path):
+    shutil.copytree(places.quantized, tmp_path / "edited")
+    (tmp_path / "edited" / "generation_config.json").write_text("{}")
+    done = run("eval", tmp_path / "edited", "--text", places.text, "--context", 64, "--stride", 32)
+    assert done.code == 0
+    assert "generation_config.json is not as it was saved with the model" in " ".join(done.err.split())
 
 
 def test_a_checkpoint_of_an_absent_plugin_names_the_distribution(run, places, monkeypatch):

@@ -82,7 +82,7 @@ def load_model(
     source = _locate(model)
     transformers = _import_transformers()
     logger.info("loading %s", source)
-    with _quiet(transformers), _explained(source):
+    with _quiet(transformers, source.kind), _explained(source):
         if source.kind == "ao":
             network = _load_saved(source, dtype, device)
         else:
@@ -230,7 +230,7 @@ def _import_transformers() -> Any:
 
 
 @contextlib.contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
+def _quiet(transformers: Any, kind: Kind) -> Iterator[None]:
     """Silence the progress bars and warnings of transformers and the hub, and put them back."""
     log, hub_log = transformers.utils.logging, importlib.import_module("huggingface_hub").logging
     levels, bars = (log.get_verbosity(), hub_log.get_verbosity()), log.is_progress_bar_enabled()
@@ -239,7 +239,8 @@ def _quiet(transformers: Any) -> Iterator[None]:
     log.disable_progress_bar()
     written = io.StringIO()
     try:
-        with contextlib.redirect_stderr(written):  # the GGUF reader's bar obeys no switch
+        # the GGUF reader's bar obeys no switch; what ao says of its own checkpoint is to be seen
+        with contextlib.nullcontext() if kind == "ao" else contextlib.redirect_stderr(written):
             yield
     finally:
         log.set_verbosity(levels[0])

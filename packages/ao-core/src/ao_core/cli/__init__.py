@@ -90,5 +90,6 @@ def _root(
 
 
 def _show_warning(message: Any, category: type[Warning], *_: Any, **__: Any) -> None:
-    if issubclass(category, (plugins.PluginWarning, PlanWarning)):
+    # RuntimeWarning: of a file that keeps what was measured
+    if issubclass(category, (plugins.PluginWarning, PlanWarning, RuntimeWarning)):
         output.warn(str(message))

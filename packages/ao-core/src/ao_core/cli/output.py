@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.logging import RichHandler
 from rich.markup import escape
 from rich.table import Table
 
@@ -51,9 +50,15 @@ def fail(text: str) -> None:
 
 def show_log(verbose: bool) -> None:
     """Send log messages to standard error: warnings, and with ``verbose`` what was done too."""
-    handler = RichHandler(console=errors, show_time=False, show_path=False)
     logging.getLogger("ao_core").setLevel(logging.INFO if verbose else logging.WARNING)
-    logging.basicConfig(handlers=[handler], format="%(message)s", force=True)
+    logging.basicConfig(handlers=[_Lines()], force=True)
+
+
+class _Lines(logging.Handler):
+    """Each log message as a line, which is never cut."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        (warn if record.levelno >= logging.WARNING else say)(record.getMessage())
 
 
 def megabytes(count: float) -> str:
