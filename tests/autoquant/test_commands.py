@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
+from letter_tokenizer import make_tokenizer
 
 import ao_core as ao
 from ao_core.cli import main
@@ -68,6 +70,31 @@ def test_what_fails_says_so_and_writes_nothing(directory, tmp_path, capsys):
     (tmp_path / "bad.json").write_text('{"format": 99}')
     assert run("plan", "show", tmp_path / "bad.json") == 1
     assert "format 99" in capsys.readouterr().err
+
+
+def test_texts_that_do_not_fit_are_refused(directory, tmp_path, capsys):
+    """Those that can't be read before the model is loaded; the others before anything is measured."""
+    (tmp_path / "no-utf8.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty.txt").write_text(" ")
+    (tmp_path / "text.txt").write_text("a b c d " * 20)
+    for name, words in (("no-utf8.txt", "is no UTF-8 text"), ("empty.txt", "no text"), ("x", "no text file")):
+        assert search(tmp_path / "no-model", tmp_path / "out", "--text", tmp_path / name) == 1
+        assert words in capsys.readouterr().err
+    model = shutil.copytree(directory, tmp_path / "model")
+    assert search(model, tmp_path / "out", "--text", tmp_path / "text.txt") == 1
+    assert "the model came without one" in capsys.readouterr().err
+    make_tokenizer().save_pretrained(model)
+    assert search(model, tmp_path / "out", "--text", tmp_path / "text.txt", "--prefill", 100) == 1
+    assert "the text has 80 tokens" in capsys.readouterr().err
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.LlamaConfig(vocab_size=3, max_position_embeddings=32, **sizes)
+    transformers.LlamaForCausalLM(config).save_pretrained(model)
+    assert search(model, tmp_path / "out", "--text", tmp_path / "text.txt") == 1
+    assert "holds token 4, and the model's vocabulary has 3 tokens" in capsys.readouterr().err
+    assert search(model, tmp_path / "out", "--prefill", 64) == 1
+    assert "the model takes 32 at most" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_measurements_that_cannot_be_kept_are_a_warning(directory, tmp_path, capsys, monkeypatch):

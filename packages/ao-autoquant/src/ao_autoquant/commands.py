@@ -75,6 +75,7 @@ def autoquant(
     from ao_autoquant.sensitivity import checked_measure
     from ao_autoquant.texts import given_text
     from ao_core import load_model, parse_scheme, save
+    from ao_core.calibrate import read_texts
 
     for each in scheme or ():
         parse_scheme(each)  # a misspelt one ends here, before the model is loaded
@@ -83,10 +84,11 @@ def autoquant(
     budget = Budget(max_error, max_bytes, max_latency, min_speedup)
     before = None if earlier is None else known.load(earlier)
     _check_out(out)
+    words = None if text is None else "\n\n".join(read_texts(text))
     _say(f"loading {model}")
     loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
     given = given_text(
-        loaded, text, prefill, decode, windows, more=check or bool(refine) or measure != "output"
+        loaded, words, prefill, decode, windows, more=check or bool(refine) or measure != "output"
     )
     if text is None:
         _say("warning: no --text: all is measured on random tokens, whose activations are not a text's.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ao_core.calibrate import processes
-from ao_core.calibrate.batches import as_batches, tensors
+from ao_core.calibrate.batches import as_batches, check_tokens, tensors
 from ao_core.calibrate.blocks import Blocks, NoBlocks, find_blocks
 from ao_core.calibrate.collectors import Absmax, Collector, Hessian, PairedHessian, Sample, SquaredNorm
 from ao_core.calibrate.stage import Stage, matrices
@@ -27,6 +27,7 @@ __all__ = [
     "Walk",
     "Walker",
     "as_batches",
+    "check_tokens",
     "find_blocks",
     "matrices",
     "place",

@@ -50,7 +50,7 @@ def check_tokens(model: nn.Module, batches: Iterable[Any]) -> None:
         if isinstance(positions, int) and ids.shape[1] > positions:
             raise ModelError(
                 f"batch {index} holds sequences of {ids.shape[1]} tokens, and the model takes {positions} at "
-                "most. Cut them shorter (--context on the command line)."
+                "most. Cut them shorter (on the command line by --context, or --prefill)."
             )
         low, high = (int(bound) for bound in ids.aminmax())
         if isinstance(rows, int) and (low < 0 or high >= rows):
