@@ -66,7 +66,10 @@ def test_what_fails_says_so_and_writes_nothing(directory, tmp_path, capsys):
     out.mkdir()
     (out / "mine.txt").write_text("")
     assert search(directory, out) == 1
-    assert "holds something that ao did not save" in capsys.readouterr().err
+    assert "holds mine.txt and no ao.json" in capsys.readouterr().err
+    for place in (out / "mine.txt", out / "mine.txt" / "below"):  # said before the model is loaded
+        assert search(tmp_path / "no-model", place) == 1
+        assert f"can't save to {place}" in capsys.readouterr().err
     (tmp_path / "bad.json").write_text('{"format": 99}')
     assert run("plan", "show", tmp_path / "bad.json") == 1
     assert "format 99" in capsys.readouterr().err

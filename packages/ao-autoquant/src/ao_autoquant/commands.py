@@ -74,7 +74,7 @@ def autoquant(
     from ao_autoquant.search import Budget, checked_objective
     from ao_autoquant.sensitivity import checked_measure
     from ao_autoquant.texts import given_text
-    from ao_core import load_model, parse_scheme, save
+    from ao_core import check_target, load_model, parse_scheme, save
     from ao_core.calibrate import read_texts
 
     for each in scheme or ():
@@ -83,7 +83,7 @@ def autoquant(
     wanted, measure = checked_objective(objective), checked_measure(error_measure)
     budget = Budget(max_error, max_bytes, max_latency, min_speedup)
     before = None if earlier is None else known.load(earlier)
-    _check_out(out)
+    check_target(out)
     words = None if text is None else "\n\n".join(read_texts(text))
     _say(f"loading {model}")
     loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
@@ -160,22 +160,15 @@ def diff(
 @plan.command("apply")
 def apply(path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: Device = "cpu") -> None:
     """Convert MODEL along a plan and save it; says so where the plan was measured on another device."""
-    from ao_core import Plan, apply_, load_model, save
+    from ao_core import Plan, apply_, check_target, load_model, save
 
     found = Plan.load(path)
-    _check_out(out)
+    check_target(out)
     where = parse_device(device)
     loaded = load_model(model, dtype=parse_dtype(dtype), device=where)
     report = apply_(loaded.model, found, progress=True)
     save(loaded.model, out, plan=found, tokenizer=loaded.tokenizer)
     typer.echo(f"{len(report.converted)} layers converted, saved in {out}")
-
-
-def _check_out(out: Path) -> None:
-    from ao_core import CheckpointError
-
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "ao.json").is_file())):
-        raise CheckpointError(f"{out} holds something that ao did not save. Give a new or empty directory.")
 
 
 def _numbers(evidence: Any) -> tuple[str, str, str]:

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from ao_core.proposals import Proposals, propose, scheme_source
     from ao_core.registry import Fault
     from ao_core.scheme import QParams, Scheme, parse_scheme, schemes
+    from ao_core.shards import check_target
     from ao_core.tensor import InputScaledTensor, QuantizedTensor
     from ao_core.timing import Rounds, microseconds
 
@@ -65,6 +66,7 @@ _HOME = {
     "proposals": ["Proposals", "propose", "scheme_source"],
     "registry": ["Fault"],
     "scheme": ["QParams", "Scheme", "parse_scheme", "schemes"],
+    "shards": ["check_target"],
     "tensor": ["InputScaledTensor", "QuantizedTensor"],
     "timing": ["Rounds", "microseconds"],
 }  # fmt: skip
@@ -106,6 +108,7 @@ __all__ = [
     "algorithms",
     "apply_",
     "calibrate",
+    "check_target",
     "compress_",
     "explain",
     "find_layers",

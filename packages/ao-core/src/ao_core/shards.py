@@ -129,8 +129,9 @@ def writer(path: Path, needed: int) -> Iterator[Writer]:
             path.rmdir()
 
 
-def check_target(path: Path) -> None:
-    """Raise :class:`CheckpointError` unless a checkpoint can be written to ``path``."""
+def check_target(directory: str | os.PathLike[str]) -> None:
+    """Raise :class:`CheckpointError` unless a checkpoint can be written to ``directory``."""
+    path = Path(directory)
     if path.exists() and not path.is_dir():
         raise CheckpointError(f"can't save to {path}: it is a file. Give a directory.")
     existing = path
