@@ -55,6 +55,14 @@ def test_search_show_diff_apply(directory, tmp_path, capsys):
     assert "torch was 9" in capsys.readouterr().err
     assert not isinstance(ao.load(tmp_path / "applied").lm_head.weight, ao.QuantizedTensor)
 
+    del changed.layers["lm_head"]
+    changed.save(tmp_path / "less.json")
+    assert run("plan", "apply", tmp_path / "less.json", directory, "-o", tmp_path / "applied") == 0
+    assert "1 left alone: lm_head: the plan does not name it" in capsys.readouterr().out
+    arguments = ("plan", "apply", tmp_path / "less.json", directory, "-o", tmp_path / "applied", "--json")
+    assert run(*arguments) == 0
+    assert json.loads(capsys.readouterr().out)["skipped"] == {"lm_head": "the plan does not name it"}
+
 
 def test_what_fails_says_so_and_writes_nothing(directory, tmp_path, capsys):
     out = tmp_path / "out"

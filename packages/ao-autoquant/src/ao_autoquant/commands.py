@@ -158,7 +158,9 @@ def diff(
 
 
 @plan.command("apply")
-def apply(path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: Device = "cpu") -> None:
+def apply(
+    path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: Device = "cpu", json: Json = False
+) -> None:
     """Convert MODEL along a plan and save it; says so where the plan was measured on another device."""
     from ao_core import Plan, apply_, check_target, load_model, save
 
@@ -167,8 +169,17 @@ def apply(path: PlanFile, model: Model, out: Out, dtype: Dtype = None, device: D
     where = parse_device(device)
     loaded = load_model(model, dtype=parse_dtype(dtype), device=where)
     report = apply_(loaded.model, found, progress=True)
-    save(loaded.model, out, plan=found, tokenizer=loaded.tokenizer)
-    typer.echo(f"{len(report.converted)} layers converted, saved in {out}")
+    save(loaded.model, out, plan=report.plan, tokenizer=loaded.tokenizer)
+    if json:
+        _print({"saved": str(out), **report.to_dict()})
+        return
+    before, after = report.bytes_before / 1e6, report.bytes_after / 1e6
+    typer.echo(f"{len(report.converted)} layers converted, {before:.1f} MB -> {after:.1f} MB, saved in {out}")
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in report.skipped.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        typer.echo(f"{len(names)} left alone: {', '.join(names[:3])}{', ...' * (len(names) > 3)}: {reason}")
 
 
 def _numbers(evidence: Any) -> tuple[str, str, str]:

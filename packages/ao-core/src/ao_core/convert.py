@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import nn
 from ao_core.errors import PlanError, PlanWarning, RejectedError
 from ao_core.layers import Layer, find_layers
 from ao_core.metrics import model_bytes, stored_bytes
-from ao_core.plan import Plan, Rule, resolve
+from ao_core.plan import Choice, Plan, Rule, resolve
 from ao_core.progress import track
 from ao_core.scheme import Scheme, parse_scheme
 from ao_core.tensor import QuantizedTensor
@@ -161,6 +161,8 @@ def _warn_of_another_place(model: nn.Module, plan: Plan) -> None:
 
 def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: bool) -> Report:
     jobs = planned(model, plan, known)
+    rest = find_layers(model).replaceable.keys() - plan.layers.keys()
+    unnamed = dict.fromkeys(rest, Choice(None, reason="the plan does not name it"))
     before = model_bytes(model).total
     weights: list[tuple[Layer, QuantizedTensor]] = []
     for layer, scheme, provider in track(jobs, "quantizing", enabled=progress):
@@ -170,7 +172,8 @@ def _apply(model: nn.Module, plan: Plan, known: Mapping[str, Scheme], progress: 
         _replace(layer, quantized)
     new = sum(stored_bytes(quantized) for _, quantized in weights)
     slower = slower_than_float({layer.name: (scheme, layer.weight) for layer, scheme, _ in jobs})
-    return Report(plan, before, model_bytes(model).total, old, new, slower)
+    outcome = replace(plan, layers={**plan.layers, **unnamed})
+    return Report(outcome, before, model_bytes(model).total, old, new, slower)
 
 
 def slower_than_float(made: Mapping[str, tuple[Scheme, torch.Tensor]]) -> dict[str, str]:
