@@ -68,8 +68,9 @@ def test_plan_files(tmp_path):
     (tmp_path / "other").write_text("x")
     assert stat.S_IMODE(path.stat().st_mode) == stat.S_IMODE((tmp_path / "other").stat().st_mode)
     (tmp_path / "binary").write_bytes(b"\xff\xfe\xff")
-    for name in ("absent", "binary", "other"):
-        with pytest.raises(ao.PlanError):
+    (tmp_path / "newer").write_text('{"format": 2, "layers": {}}')
+    for name in ("absent", "binary", "other", "newer"):
+        with pytest.raises(ao.PlanError, match=f"{name}.*Give|{name}: "):
             ao.Plan.load(tmp_path / name)
 
 

@@ -153,7 +153,10 @@ class Plan:
             text = Path(path).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise PlanError(f"{path} can't be read: {error}. Give a file that Plan.save wrote.") from error
-        return cls.from_json(text)
+        try:
+            return cls.from_json(text)
+        except PlanError as error:
+            raise PlanError(f"{path}: {error}") from error
 
 
 def _decisive(key: str, value: str) -> str:
