@@ -65,6 +65,12 @@ def test_ratios_are_drawn(run, tmp_path, name, start):
         (("--op", "stranger_liner"), "stranger_linear"),
         (("--dtype", "int8"), "int8"),
         (("--device", "cuda:99"), "cuda"),
+        (("--device", "meta"), "--device 'meta' can't be used"),
+        pytest.param(
+            ("--plot", "/proc/p.png"),
+            "can't draw /proc/p.png",
+            marks=pytest.mark.skipif(not Path("/proc").exists(), reason="all folders here are writable"),
+        ),
     ],
 )
 def test_wrong_usage_is_named(run, arguments, words):

@@ -45,6 +45,8 @@ def parse_device(text: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise OptionError(f"--device {text!r} can't be used: {reason}. Try cpu.") from error
+    if device.type == "meta":
+        raise OptionError("--device 'meta' can't be used: it holds no values. Try cpu.")
     return device
 
 

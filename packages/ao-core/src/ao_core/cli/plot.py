@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,12 +17,18 @@ def check(path: Path) -> None:
 
     Raises:
         OptionError: another kind of file, or matplotlib is missing.
-        ModelError: there is no such directory.
+        ModelError: there is no such directory, or it is not writable.
     """
     if path.suffix not in (".png", ".svg", ".html"):
         raise OptionError(f"--plot draws .png, .svg or .html, and was given {path}.")
     if not path.resolve().parent.is_dir():
         raise ModelError(f"there is no directory {path.parent} for {path.name}.")
+    try:
+        tempfile.TemporaryFile(dir=path.resolve().parent).close()
+    except OSError as error:
+        raise ModelError(
+            f"can't draw {path}: {path.parent} is not writable ({error.strerror}). Give another place."
+        ) from error
     if importlib.util.find_spec("matplotlib") is None:
         raise OptionError("--plot needs matplotlib: pip install 'ao-core[plot]'.")
 
