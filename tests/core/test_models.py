@@ -237,10 +237,26 @@ def test_missing_weights_are_never_made_up(directory):
         load_model(directory)
 
 
+def test_a_weight_of_another_shape_is_named(directory):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / "model.safetensors")
+    weights["model.layers.1.mlp.up_proj.weight"] = torch.zeros(3, 5)
+    save_file(weights, directory / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"model.layers.1.mlp.up_proj.weight of .* is \(3, 5\), and \("):
+        load_model(directory)
+
+
+def test_a_damaged_tokenizer_is_named(directory):
+    (directory / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match=r"the tokenizer in .* can't be loaded .*check its files"):
+        load_model(directory)
+
+
 def test_a_damaged_directory(directory):
     data = (directory / "model.safetensors").read_bytes()
     (directory / "model.safetensors").write_bytes(data[:-100])
-    with pytest.raises(ModelError, match=r"can't be loaded .*check the files"):
+    with pytest.raises(ModelError, match=r"model\.safetensors is damaged or cut short .*again"):
         load_model(directory)
     (directory / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="can't be loaded"):

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ao_core.errors import AoError, ModelError, OptionError
@@ -177,7 +178,7 @@ def _load_pretrained(transformers: Any, source: _Source, dtype: torch.dtype | No
     config = transformers.AutoConfig.from_pretrained(source.place, trust_remote_code=False, **source.options)
     _forget_gguf(config)
     model, info = _model_class(transformers, config).from_pretrained(
-        source.place, config=config, output_loading_info=True, **options
+        source.place, config=config, output_loading_info=True, ignore_mismatched_sizes=True, **options
     )
     _forget_gguf(model.config)
     if missing := sorted(info["missing_keys"]):
@@ -185,6 +186,11 @@ def _load_pretrained(transformers: Any, source: _Source, dtype: torch.dtype | No
         raise ModelError(
             f"{source} lacks {len(missing)} of the model's weights, the first is {missing[0]}; "
             "complete the checkpoint"
+        )
+    for name, found, needed in sorted(info["mismatched_keys"]):
+        raise ModelError(
+            f"{name} of {source} is {tuple(found)}, and {tuple(needed)} by its config.json; use the files of "
+            "one model"
         )
     return model  # type: ignore[no-any-return]
 
@@ -217,7 +223,16 @@ def _load_tokenizer(transformers: Any, source: _Source) -> Any:
     if source.local and not source.file and not any(Path(source.place).glob("*token*")):
         logger.info("%s holds no tokenizer", source)
         return None
-    return transformers.AutoTokenizer.from_pretrained(source.place, trust_remote_code=False, **source.options)
+    try:
+        return transformers.AutoTokenizer.from_pretrained(
+            source.place, trust_remote_code=False, **source.options
+        )
+    except Exception as error:
+        if isinstance(error, (ImportError, MemoryError)) or source.file or not source.local:
+            raise
+        raise ModelError(
+            f"the tokenizer in {source} can't be loaded ({_found(error)}); check its files, or take them away"
+        ) from error
 
 
 def _import_transformers() -> Any:
@@ -261,9 +276,23 @@ def _explained(source: _Source) -> Iterator[None]:
         raise ModelError(_explanation(source, error)) from error
 
 
-def _explanation(source: _Source, error: Exception) -> str:
+def _is_damaged(file: Path) -> bool:
+    """Whether the header of a safetensors file does not fit it."""
+    try:
+        with safe_open(file, framework="pt"):
+            return False
+    except (SafetensorError, OSError) as error:
+        return isinstance(error, SafetensorError)
+
+
+def _found(error: Exception) -> str:
+    """An error by its class and its first line."""
     lines = str(error).strip().splitlines() or [""]
-    found = f"{type(error).__name__}: {lines[0]}"
+    return f"{type(error).__name__}: {lines[0]}"
+
+
+def _explanation(source: _Source, error: Exception) -> str:
+    found = _found(error)
     if isinstance(error, ImportError):
         return f"{source} needs a package that is not installed ({found}); {_INSTALL}"
     if source.kind == "gguf":
@@ -272,6 +301,8 @@ def _explanation(source: _Source, error: Exception) -> str:
             "is unknown to transformers; download it again, or pass a Hugging Face directory"
         )
     if source.local:
+        for file in filter(_is_damaged, sorted(Path(source.place).glob("*.safetensors"))):
+            return f"{file} is damaged or cut short ({found}); copy or download it again"
         return f"the model in {source} can't be loaded ({found}); check the files in it"
     if "connect" in str(error):
         return (
