@@ -86,6 +86,13 @@ def test_eval_json(run, places, which):
     assert elements < data["bytes"] <= smaller + 1000
 
 
+def test_a_shorter_window_is_enough_said(run, places):
+    """Windows overlap by half unless told otherwise."""
+    done = run("eval", places.model, "--text", places.text, "--context", 64, "--no-speed", "--json")
+    assert done.code == 0, done.err
+    assert done.data["stride"] == 32
+
+
 def test_eval_of_a_single_window_has_no_standard_error(run, places):
     """JSON has no NaN."""
     options = ("--context", 300, "--stride", 300, "--no-speed")

@@ -57,7 +57,9 @@ def evaluate(
     model: Model,
     text: Annotated[Path, typer.Option(metavar="FILE", help="UTF-8 text to score.")],
     context: Annotated[int, typer.Option(min=2, help="Tokens in a window.")] = 512,
-    stride: Annotated[int, typer.Option(min=1, help="Tokens between windows.")] = 256,
+    stride: Annotated[
+        int | None, typer.Option(min=1, help="Tokens between windows; by default half of one.")
+    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=2, help="Score the first so many tokens only.")
     ] = None,
@@ -79,16 +81,17 @@ def evaluate(
         raise ModelError(f"there is no text file {text}. Give a UTF-8 text with --text FILE.")
     output.say(f"loading {model}")
     loaded = load_model(model, dtype=parse_dtype(dtype), device=parse_device(device))
+    step = stride or context // 2
     tokens = tokenize_file(text, loaded.tokenizer, max_tokens=max_tokens)
     with reporting("scoring") as show:
-        score = metrics.perplexity(loaded.model, tokens, context=context, stride=stride, progress=show)
+        score = metrics.perplexity(loaded.model, tokens, context=context, stride=step, progress=show)
     timing = token_speed.speed(loaded.model, tokens) if speed else None
     result = {
         "model": model,
         "text": str(text),
         "tokens": score.tokens_scored,
         "context": context,
-        "stride": stride,
+        "stride": step,
         "perplexity": score.perplexity,
         "perplexity_se": score.ppl_se,
         "nll": score.nll,
