@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -135,9 +136,10 @@ def _some(names: list[str]) -> str:
 
 
 def _show_evaluation(result: dict[str, Any]) -> None:
+    known = math.isfinite(result["nll_se"])
     rows = [
-        ["perplexity", f"{result['perplexity']:.4f} ± {result['perplexity_se']:.4f}"],
-        ["NLL per token", f"{result['nll']:.5f} ± {result['nll_se']:.5f}"],
+        ["perplexity", f"{result['perplexity']:.4f}" + f" ± {result['perplexity_se']:.4f}" * known],
+        ["NLL per token", f"{result['nll']:.5f}" + f" ± {result['nll_se']:.5f}" * known],
         ["tokens scored", result["tokens"]],
         ["stored, MB", output.megabytes(result["bytes"])],
         ["zeros in linears", f"{100 * result['sparsity']:.1f}%"],
