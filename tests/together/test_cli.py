@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import fields
 
 import pytest
 import torch
@@ -125,6 +126,18 @@ def test_lists_as_json_and_as_tables(run, command):
     assert table.code == 0, table.err
     first = done.data[0]
     assert str(first[next(iter(first))]).split(",")[0] in table.out
+
+
+def test_names_are_whole_at_80_columns(run, monkeypatch):
+    """Schemes and their options, and what a choice of kernels is explained for."""
+    monkeypatch.setenv("COLUMNS", "80")
+    shown = run("schemes").out
+    for name, scheme in ao.schemes().items():
+        options = [f"{field.name}={field.default}" for field in fields(scheme)]
+        assert all(text in shown for text in (name, *options)), name
+    rows = run("kernels", "--explain", "int8_weight_linear", "--json").data
+    lines = run("kernels", "--explain", "int8_weight_linear").out.splitlines()
+    assert {row["key"] for row in rows} <= set(lines)
 
 
 def test_the_lists_are_what_python_says(run):

@@ -50,8 +50,8 @@ def list_schemes(json: Json = False) -> None:
         return
     output.table(
         "",
-        ("scheme", "options", "from", "what it is"),
-        [[r["scheme"], _options(r["options"]), r["distribution"], r["summary"]] for r in rows],
+        ("scheme", "options", "plugin", "what it is"),
+        [[r["scheme"], _options(r["options"]), r["plugin"], r["summary"]] for r in rows],
     )
     _report_faults()
 
@@ -150,7 +150,7 @@ def _report_faults() -> None:
 
 
 def _options(options: dict[str, Any]) -> str:
-    return ", ".join(f"{name}={default}" for name, default in options.items())
+    return "\n".join(f"{name}={default}" for name, default in options.items())
 
 
 def _providers(kernels: list[dict[str, Any]]) -> str:

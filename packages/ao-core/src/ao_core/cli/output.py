@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,14 +17,17 @@ results = Console(highlight=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """Print a table; long cells wrap, and columns that hold only numbers are right-aligned."""
+    """Print a table; long cells wrap, but for those of the first column; numbers are right-aligned."""
     cells = [["" if cell is None else str(cell) for cell in row] for row in rows]
-    drawn = Table(title=title, title_justify="left", box=None, pad_edge=False, header_style="bold")
+    drawn = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
         numeric = all(_is_number(row[index]) for row in cells) and bool(cells)
-        drawn.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        drawn.add_column(column, justify=justify, overflow="fold", no_wrap=index == 0)
     for row in cells:
         drawn.add_row(*map(escape, row))
+    if title:
+        results.print(escape(title), style="italic", soft_wrap=True)
     results.print(drawn)
 
 
