@@ -65,6 +65,16 @@ def test_disabling_one_claimant_gives_the_name_to_the_other(site, monkeypatch):
     assert row.disabled and row.fault is None
 
 
+def test_a_name_of_a_disabled_plugin_is_not_merely_unknown(site, monkeypatch):
+    site.install_scheme("one", "lost")
+    monkeypatch.setenv("AO_DISABLE_PLUGINS", "one")
+    load_quietly()
+    with pytest.raises(
+        ao.UnknownNameError, match=r"unknown scheme 'lost'.*Left out by AO_DISABLE_PLUGINS: one\."
+    ):
+        ao.parse_scheme("lost")
+
+
 @pytest.mark.parametrize("good", ["aaa", "zzz"])
 def test_load_order_never_decides(site, good):
     """The good plugin sorts before or after all the broken ones: the outcome is the same."""

@@ -133,6 +133,7 @@ def reset() -> None:
     with _lock:
         _plugins, _loaded, _manager = None, False, None
         registry.FAULTS.clear()
+        registry.DISABLED.clear()
         for each in _registries().values():
             each.clear()
         clear_choices()
@@ -141,6 +142,7 @@ def reset() -> None:
 def _load_all() -> None:
     global _manager
     plugins = _discovered()
+    registry.DISABLED[:] = [plugin.source.plugin for plugin in plugins if plugin.disabled]
     for plugin in plugins:
         if not plugin.disabled:
             _attempt(plugin, kinds=tuple(REGISTERS))

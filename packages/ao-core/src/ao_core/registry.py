@@ -54,6 +54,7 @@ class Entry(Generic[T]):
 
 
 FAULTS: list[Fault] = []
+DISABLED: list[str] = []  # plugins that AO_DISABLE_PLUGINS leaves out
 _loader: Callable[[], None] | None = None
 
 
@@ -81,7 +82,7 @@ class Registry(Generic[T]):
         """The entry called ``name``.
 
         Raises:
-            UnknownNameError: naming the nearest names, and the plugins that failed to load.
+            UnknownNameError: naming the nearest names, and the plugins that failed to load or are left out.
         """
         ensure_loaded()
         if name not in self._entries:
@@ -129,5 +130,7 @@ class Registry(Generic[T]):
         parts.append(f"Installed: {', '.join(known) or 'none'}.")
         if not known:
             parts.append("Install a package that provides some, such as ao-quant.")
+        if DISABLED:
+            parts.append(f"Left out by AO_DISABLE_PLUGINS: {', '.join(DISABLED)}.")
         parts += [f"Not loaded: {fault}" for fault in FAULTS]
         return " ".join(parts)
