@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 
 import pytest
@@ -112,6 +114,15 @@ def test_measurements_that_cannot_be_kept_are_a_warning(directory, tmp_path, cap
     monkeypatch.setenv("AO_AUTOQUANT_CACHE", str(tmp_path))
     assert search(directory, tmp_path / "out") == 0
     assert f"warning: measurements can't be kept in {tmp_path}" in " ".join(capsys.readouterr().err.split())
+
+
+def test_a_disk_that_is_full_after_the_model_is_an_error(directory, tmp_path, capsys, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("ao_autoquant.report.write", write)
+    assert search(directory, tmp_path / "out") == 1
+    assert "report.html can't all be written: No space left" in capsys.readouterr().err
 
 
 def test_a_plan_of_long_names_is_whole_at_80_columns(tmp_path, capsys, monkeypatch):

@@ -74,7 +74,7 @@ def autoquant(
     from ao_autoquant.search import Budget, checked_objective
     from ao_autoquant.sensitivity import checked_measure
     from ao_autoquant.texts import given_text
-    from ao_core import check_target, load_model, parse_scheme, save
+    from ao_core import CheckpointError, check_target, load_model, parse_scheme, save
     from ao_core.calibrate import read_texts
 
     for each in scheme or ():
@@ -104,12 +104,18 @@ def autoquant(
     )  # fmt: skip
     with torch.no_grad():
         save(loaded.model, out, plan=done.plan, tokenizer=loaded.tokenizer)
-    done.plan.save(out / "plan.json")
-    found.save(out / "exploration.json")
     page = report.html(
         found, done.chosen, title=f"ao autoquant {model}", objective=wanted, budget=budget, plan=done.plan
     )
-    report.write(out / "report.html", page)
+    try:
+        done.plan.save(out / "plan.json")
+        found.save(out / "exploration.json")
+        report.write(out / "report.html", page)
+    except OSError as error:
+        raise CheckpointError(
+            f"{out} holds the model, but plan.json, exploration.json and report.html can't all be written: "
+            f"{error.strerror}. Free some space and run this again: what was measured is kept."
+        ) from error
     if json:
         _print(report.summary(found, done.chosen, done.plan))
         return
