@@ -163,6 +163,14 @@ def test_a_weight_that_is_not_finite(run, places, tmp_path, out):
     assert not out.exists()
 
 
+def test_a_cast_that_overflows_names_the_dtype(run, places, tmp_path, out):
+    model = transformers.LlamaForCausalLM.from_pretrained(places.model)
+    model.model.layers[1].mlp.up_proj.weight.data[3, 5] = 1e6
+    model.save_pretrained(tmp_path / "large")
+    done = run("quantize", tmp_path / "large", "--scheme", SCHEME, "--dtype", "float16", "-o", out)
+    assert_fails(done, 1, "1 of its 2268 values are NaN or infinite in float16", "a cast that overflowed")
+
+
 def test_a_full_disk(run, places, out, monkeypatch):
     """Exit code 1, and neither a directory nor an earlier checkpoint is spoilt."""
 

@@ -157,7 +157,11 @@ class Scheme:
         # The bounds first: a mask of the whole weight would take half as much memory again.
         if reason is None and not all(torch.isfinite(bound) for bound in weight.detach().aminmax()):
             bad = int((~torch.isfinite(weight)).sum())
-            reason = f"{bad} of its {weight.numel()} values are NaN or infinite"
+            dtype = str(weight.dtype).removeprefix("torch.")
+            reason = (
+                f"{bad} of its {weight.numel()} values are NaN or infinite in {dtype}; look for a damaged "
+                "file, or for a cast that overflowed"
+            )
         if reason is None and values:
             reason = self.rejects_values(weight.detach())
         if reason is not None:
