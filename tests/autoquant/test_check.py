@@ -131,6 +131,16 @@ def lying(found, **factors):
     )
 
 
+def test_a_uniform_scheme_is_kept_where_no_plan_fits():
+    loss = {"kl": 0.1, "nll": 0.2, "nll_se": 0.3}
+    check = {"loss": loss, "predicted": 0.1, "plan_s": 1.0, "float_s": 1.0, "tried": [], "kept": "uint4"}
+    evidence = {"error_measure": "loss", "check": {**check, "uniform": {"uint4": (0.3, 0.2)}}}
+    assert findings(ao.Plan({}, {}, evidence))[1] == (
+        "by the sum of its parts no plan fits; uint4 on all layers was kept: measured on the whole model it "
+        "fits; uniform schemes cost uint4 0.2 nats"
+    )
+
+
 def test_a_checked_plan_is_no_worse_than_a_uniform_scheme_that_fits(language):
     """The parts say that uint4 costs nothing and int8 much: measured, it is the other way round."""
     model, held = language

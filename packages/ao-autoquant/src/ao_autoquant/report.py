@@ -113,11 +113,10 @@ def _beside(check: Mapping[str, Any]) -> list[str]:
         said = "uniform schemes that fit as well were measured, and are no better"
         return [f"{said}: {costs} nats"] if costs else []
     tried = ", ".join(f"{real:.4g} (parts {parts:.4g})" for parts, real in check["tried"])
-    said = (
-        f"{check['kept']} on all layers was kept: measured on the whole model it is better than what the "
-        f"parts let choose, which costs {tried or 'nothing: none fits'}; uniform schemes cost {costs} nats"
-    )
-    return [said]
+    why = f"it is better than what the parts let choose, which costs {tried}" if tried else "it fits"
+    none = "" if tried else "by the sum of its parts no plan fits; "
+    said = f"{none}{check['kept']} on all layers was kept: measured on the whole model {why}"
+    return [f"{said}; uniform schemes cost {costs} nats"]
 
 
 def show(found: Exploration, chosen: Mapping[str, str], plan: Plan | None = None) -> None:
@@ -132,7 +131,7 @@ def show(found: Exploration, chosen: Mapping[str, str], plan: Plan | None = None
         table.add_row(plain(name), *cells)
     console.print(table)
     if set(chosen.values()) == {FLOAT}:
-        console.print("float wins: no scheme is faster by more than the spread, or fits the constraints")
+        console.print("float wins: no scheme that fits the constraints is better by more than the spread")
     for line in findings(plan):
         console.print(plain(line), soft_wrap=True)
     for fault in found.faults:
@@ -142,7 +141,8 @@ def show(found: Exploration, chosen: Mapping[str, str], plan: Plan | None = None
         console.print(plain(f"fault: plugin {plugin}: {reason}"), soft_wrap=True)
     console.print(
         f"{len(chosen)} layers searched, {len(found.left)} left alone; "
-        f"{found.measured} numbers measured, {found.reused} reused (from equal layers, or known before)"
+        f"{found.measured} numbers measured, {found.reused} reused (from equal layers, or known before)",
+        soft_wrap=True,
     )
 
 
