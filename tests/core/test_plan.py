@@ -90,6 +90,12 @@ def test_rules_are_needed():
         ao.quantize_(two_blocks(), [ao.Rule("*", "whole")], include="*")
 
 
+@pytest.mark.parametrize("given", [None, 8, ["whole"], ao.Scheme, {"0": "whole"}])
+def test_what_is_no_scheme_is_refused(given):
+    with pytest.raises(ao.OptionError, match=r"a scheme is its text, .* was given"):
+        ao.quantize_(two_blocks(), given)
+
+
 def test_include_and_exclude():
     """``exclude`` wins; both take one pattern or several."""
     report = ao.quantize_(two_blocks(), "whole", include=["*q_proj", "1.*"], exclude="1.k*", largest=5)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ao_core.errors import PlanError, PlanWarning, RejectedError
+from ao_core.errors import OptionError, PlanError, PlanWarning, RejectedError
 from ao_core.layers import Layer, find_layers
 from ao_core.metrics import model_bytes, stored_bytes
 from ao_core.plan import Choice, Plan, Rule, resolve
@@ -116,13 +116,19 @@ def made_rules(
     """The rules that the arguments of :func:`quantize_` stand for; schemes in them are added to ``known``.
 
     Raises:
-        UnknownNameError, OptionError: the scheme can't be made.
+        UnknownNameError, OptionError: the scheme can't be made, or is something else.
         PlanError: rules were given together with options or patterns.
     """
     if not isinstance(scheme, (str, Scheme)):
         if options or include is not None or exclude is not None:
             raise PlanError("a list of rules takes no options, include or exclude: write them as rules.")
-        rules = list(scheme)
+        rules = list(scheme) if isinstance(scheme, Iterable) else [scheme]
+        for rule in rules:
+            if not isinstance(rule, Rule):
+                raise OptionError(
+                    "a scheme is its text, such as 'int8-weight-only', an instance of one, or a list of "
+                    f"rules, and {scheme!r:.60} was given."
+                )
         known |= {str(rule.scheme): rule.scheme for rule in rules if isinstance(rule.scheme, Scheme)}
         return rules
     made = parse_scheme(scheme, **options)
