@@ -65,6 +65,8 @@ def test_a_weight_that_becomes_infinite_is_refused():
         ({"scheme": [ao.Rule("*", SCHEME)], "include": "0"}, ao.PlanError, "takes no options, include"),
         ({"scheme": "plan", "exclude": "0"}, ao.OptionError, "a plan takes no include or exclude"),
         ({"device": "meta"}, ao.OptionError, "device='meta' holds no values"),
+        ({"device": "cuda:99"}, ao.OptionError, "device='cuda:99' can't be used: .*Leave it out"),
+        ({"device": "toaster"}, ao.OptionError, "device='toaster' can't be used: .*Leave it out"),
     ],
 )
 def test_what_is_refused_before_anything_changes(call, error, words):

@@ -23,7 +23,8 @@ class Placement:
         device: where blocks run; None leaves everything in place.
 
     Raises:
-        OptionError: ``device`` is given and the model lies on several, or has parts on the meta device.
+        OptionError: ``device`` is given and the model lies on several, or has parts on the meta device;
+            there is no such device.
     """
 
     def __init__(self, model: nn.Module, device: torch.device | str | None) -> None:
@@ -40,7 +41,11 @@ class Placement:
             )
         self.home = next(iter(found), torch.device("cpu"))
         # An empty tensor knows that "cuda" is "cuda:0".
-        self.device = self.home if device is None else torch.empty(0, device=device).device
+        try:
+            self.device = self.home if device is None else torch.empty(0, device=device).device
+        except (RuntimeError, AssertionError) as error:
+            reason = str(error).splitlines()[0]
+            raise OptionError(f"device={str(device)!r} can't be used: {reason}. Leave it out.") from error
         if self.device.type == "meta":
             raise OptionError("device='meta' holds no values, and blocks can't run there. Try cpu or cuda.")
         self.moves = self.device != self.home
