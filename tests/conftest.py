@@ -153,9 +153,10 @@ def run_python(tmp_path):
     def run(code: str, *arguments: str, **settings: str) -> subprocess.CompletedProcess[str]:
         own = {name: value for name, value in os.environ.items() if not name.startswith("AO_")}
         plain = {"COLUMNS": "400", "NO_COLOR": "1", "HF_HUB_OFFLINE": "1"}
+        path = filter(None, (str(tmp_path / "site"), os.environ.get("PYTHONPATH")))
         return subprocess.run(
             [sys.executable, "-c", code, *arguments],
-            env={**own, **plain, "PYTHONPATH": str(tmp_path / "site"), **settings},
+            env={**own, **plain, "PYTHONPATH": os.pathsep.join(path), **settings},
             cwd=tmp_path,
             capture_output=True,
             text=True,

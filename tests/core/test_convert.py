@@ -176,6 +176,16 @@ def test_a_weight_that_is_not_finite(bad):
     ao.quantize_(model, "whole", exclude="1.k_proj")
 
 
+def test_a_provider_that_nobody_has_changes_nothing():
+    model = whole_weights(nn.Sequential(nn.Linear(17, 33), nn.Linear(33, 17)))
+    rules = [ao.Rule("0", "whole"), ao.Rule("1", "whole", provider="tritn")]
+    with pytest.raises(ao.UnknownNameError, match=r"'tritn'; there are .*reference"):
+        ao.quantize_(model, rules)
+    with pytest.raises(ao.UnknownNameError, match="tritn"):
+        ao.apply_(model, ao.resolve(model, rules))
+    assert not any(isinstance(each, ao.QuantizedTensor) for each in model.parameters())
+
+
 def test_a_scheme_that_raises_midway_changes_nothing():
     calls = []
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ao_core.errors import OptionError, PlanError, PlanWarning, RejectedError
+from ao_core.kernels import check_provider
 from ao_core.layers import Layer, find_layers
 from ao_core.metrics import model_bytes, stored_bytes
 from ao_core.plan import Choice, Plan, Rule, resolve
@@ -95,7 +96,7 @@ def quantize_(
         What was converted, what was left alone and why, and bytes before and after.
 
     Raises:
-        UnknownNameError, OptionError: the scheme can't be made.
+        UnknownNameError, OptionError: the scheme can't be made; no plugin has the provider of a rule.
         PlanError: a pattern matches nothing, or no layer can be converted.
         RejectedError: a weight holds NaN or infinity.
 
@@ -146,6 +147,7 @@ def apply_(model: nn.Module, plan: Plan, *, progress: bool = False) -> Report:
 
     Raises:
         PlanError: the plan names a layer that the model lacks.
+        UnknownNameError: no installed plugin has a scheme, or a kernel's provider, that it names.
         RejectedError: a scheme rejects a weight, or a weight holds NaN or infinity.
 
     The model is unchanged if it raises; until it returns, float and quantized weights are both held.
@@ -200,11 +202,13 @@ def planned(
         values: whether the weights must hold what the schemes ask for already; see ``Scheme.check``.
 
     Raises:
-        PlanError, RejectedError: as for :func:`apply_`.
+        PlanError, RejectedError, UnknownNameError: as for :func:`apply_`.
     """
     layers = find_layers(model).replaceable
     work = {name: choice for name, choice in plan.layers.items() if choice.scheme is not None}
     _check_layers(work, layers)
+    for provider in sorted({choice.provider for choice in work.values() if choice.provider is not None}):
+        check_provider(provider)
     jobs = [
         (layers[name], known.get(str(c.scheme)) or parse_scheme(str(c.scheme)), c.provider)
         for name, c in work.items()

@@ -227,6 +227,20 @@ def explain(op: Op, device: torch.device | str = "cpu") -> list[Row]:
     return rows
 
 
+def check_provider(provider: str) -> None:
+    """Raise unless some op has a kernel of ``provider``, or it is the reference.
+
+    Raises:
+        UnknownNameError: none has.
+    """
+    known = sorted({entry.item.provider for entry in KERNELS.entries().values()} | {"reference"})
+    if provider not in known:
+        raise UnknownNameError(
+            f"no installed plugin has kernels of provider {provider!r}; there are {', '.join(known)}. "
+            "Install its package, or leave the provider out of the rule or the plan."
+        )
+
+
 def _kernels_of(op: Op) -> list[Kernel]:
     entries = KERNELS.entries().values()
     own = [entry.item for entry in entries if entry.item.op == op.name]
