@@ -86,6 +86,5 @@ def of_a_warp(warps: int, columns: int) -> bool:
     """
     import triton
 
-    return warps < 4 or (
-        columns < 16 and triton.__version__.startswith("3.6.")
-    )  # others take less than 16 too
+    # Those of four warps take 16 columns and more in Triton 3.6, in later versions fewer too.
+    return warps < 4 or (columns < 16 and triton.__version__.startswith("3.6."))
