@@ -306,6 +306,14 @@ def test_models_without_values_or_linears():
         autoquant(nn.ReLU(), torch.randn(1, 4))
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_named(model, examples, bad, cache_file):
+    model[2].weight.data[3, 5] = bad
+    with pytest.raises(ao.ModelError, match="'2' holds NaN or infinity in float32"):
+        autoquant(model, examples)
+    assert not cache_file.exists()
+
+
 def test_the_page_needs_nothing_beside_it(model, examples):
     found = explore(model, examples, **FEW)
     chosen = found.choose("bytes", Budget(max_error=0.5))

@@ -86,6 +86,15 @@ def test_what_is_refused(run, places, tmp_path, options, words):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_scheme_that_does_not_go_with_the_algorithm_is_refused_before_the_model_is_loaded(
+    run, places, tmp_path
+):
+    options = ("--algorithm", "smoothquant", "--scheme", "int8-weight-only", "--calibration", places.text)
+    done = run("compress", tmp_path / "absent", *options, "-o", tmp_path / "out")
+    assert done.code == 1
+    assert "smoothquant can't be applied: int8-weight-only leaves activations" in " ".join(done.err.split())
+
+
 def test_wrong_usage(run, places, tmp_path):
     assert run("compress", places.model, *SMOOTH, "-o", tmp_path / "out").code == 2
     assert run("compress", places.model, "--calibration", places.text, "-o", tmp_path / "out").code == 2

@@ -15,6 +15,7 @@ from torch import nn
 from ao_autoquant.modules import Call
 from ao_core import Layer, ModelError, OptionError, find_layers
 from ao_core.calibrate import as_batches, tensors
+from ao_core.numerics.hessian import finite
 
 SAMPLE_ROWS = 256
 _MOST_SIZES = 4  # of calls of a module whose inputs are kept whole
@@ -95,7 +96,7 @@ class Recorder:
     """Hooks on the linears of ``model`` that keep what they see, until :meth:`close`.
 
     Raises:
-        ModelError: the model lies on the meta device, or has no layer to search.
+        ModelError: the model lies on the meta device, has no layer to search, or one with NaN or infinity.
     """
 
     def __init__(self, model: nn.Module, wanted: Callable[[nn.Module, str], bool] | None = None) -> None:
@@ -119,6 +120,13 @@ class Recorder:
         if not self.seen:
             why = "; ".join(f"{name}: {reason}" for name, reason in list(self.left.items())[:3])
             raise ModelError(f"{type(model).__name__} has no layer to search: {why or 'it has none'}.")
+        for name, seen in self.seen.items():
+            if not finite(seen.layer.weight.detach()):
+                dtype = str(seen.layer.weight.dtype).removeprefix("torch.")
+                raise ModelError(
+                    f"the weight of {name!r} holds NaN or infinity in {dtype}, and nothing was measured. "
+                    "Look for a damaged file, or for a cast that overflowed."
+                )
         for seen in self.seen.values():
             for module in {id(module): module for module, _ in seen.layer.owners}.values():
                 self._hooks.append(module.register_forward_pre_hook(self._hook(seen), with_kwargs=True))

@@ -100,7 +100,7 @@ def _compress(
     """In each of the processes that take part; the first one speaks and saves."""
     from ao_core.calibrate import SentencePiece, processes, read_texts, tokenized
     from ao_core.checkpoint import save
-    from ao_core.compress import compress_
+    from ao_core.compress import BlockAlgorithm, compress_
     from ao_core.metrics import sparsity as zeros_of
     from ao_core.models import load_model
     from ao_core.scheme import parse_scheme
@@ -108,6 +108,9 @@ def _compress(
 
     first = processes.rank() == 0
     wanted = None if scheme is None else parse_scheme(scheme)
+    for each in made if wanted is not None else ():
+        if isinstance(each, BlockAlgorithm) and (reason := each.rejects(wanted)):
+            raise OptionError(f"{each.name} can't be applied: {reason}.")
     check_target(out)
     texts = read_texts(calibration, column=column)
     if first:
