@@ -65,6 +65,17 @@ def test_disabling_one_claimant_gives_the_name_to_the_other(site, monkeypatch):
     assert row.disabled and row.fault is None
 
 
+def test_an_algorithm_that_is_asked_for_as_a_scheme_is_named(site):
+    """And the other way round."""
+    site.install_scheme("one", "rounds")
+    load_quietly()
+    name = next(iter(ao.algorithms()))
+    with pytest.raises(ao.UnknownNameError, match="It is the name of an algorithm"):
+        ao.parse_scheme(name)
+    with pytest.raises(ao.UnknownNameError, match="It is the name of a scheme"):
+        ao.parse_algorithm("rounds")
+
+
 def test_a_name_of_a_disabled_plugin_is_not_merely_unknown(site, monkeypatch):
     site.install_scheme("one", "lost")
     monkeypatch.setenv("AO_DISABLE_PLUGINS", "one")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from ao_core.errors import UnknownNameError
 
@@ -70,10 +70,14 @@ def ensure_loaded() -> None:
         _loader()
 
 
+_registries: list[Registry[Any]] = []
+
+
 class Registry(Generic[T]):
     """Items of one kind by name."""
 
     def __init__(self, kind: str) -> None:
+        _registries.append(self)
         self.kind = kind
         self._entries: dict[str, Entry[T]] = {}
         self._disputed: dict[str, str] = {}
@@ -127,6 +131,10 @@ class Registry(Generic[T]):
         parts = [f"unknown {self.kind} {name!r}."]
         if near:
             parts.append(f"Did you mean {' or '.join(map(repr, near))}?")
+        for other in _registries:
+            if name in other._entries:
+                article = "an" if other.kind[0] in "aeiou" else "a"
+                parts.append(f"It is the name of {article} {other.kind}.")
         parts.append(f"Installed: {', '.join(known) or 'none'}.")
         if not known:
             parts.append("Install a package that provides some, such as ao-quant.")
