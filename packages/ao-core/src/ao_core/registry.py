@@ -70,14 +70,14 @@ def ensure_loaded() -> None:
         _loader()
 
 
-_registries: list[Registry[Any]] = []
+_every: list[Registry[Any]] = []  # so that a name that is another kind's can be told
 
 
 class Registry(Generic[T]):
     """Items of one kind by name."""
 
     def __init__(self, kind: str) -> None:
-        _registries.append(self)
+        _every.append(self)
         self.kind = kind
         self._entries: dict[str, Entry[T]] = {}
         self._disputed: dict[str, str] = {}
@@ -131,7 +131,7 @@ class Registry(Generic[T]):
         parts = [f"unknown {self.kind} {name!r}."]
         if near:
             parts.append(f"Did you mean {' or '.join(map(repr, near))}?")
-        for other in _registries:
+        for other in _every:
             if name in other._entries:
                 article = "an" if other.kind[0] in "aeiou" else "a"
                 parts.append(f"It is the name of {article} {other.kind}.")

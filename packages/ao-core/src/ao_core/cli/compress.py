@@ -109,8 +109,8 @@ def _compress(
     first = processes.rank() == 0
     wanted = None if scheme is None else parse_scheme(scheme)
     for each in made if wanted is not None else ():
-        if isinstance(each, BlockAlgorithm) and (reason := each.rejects(wanted)):
-            raise OptionError(f"{each.name} can't be applied: {reason}.")
+        if isinstance(each, BlockAlgorithm):
+            each.check({"every layer": wanted})
     check_target(out)
     texts = read_texts(calibration, column=column)
     if first:
