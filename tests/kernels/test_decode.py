@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ao_kernels.device import decode, levels, picked
+from ao_kernels.device.assembly import NF4_LEVELS
 
 DTYPES = {"BFLOAT16": torch.bfloat16, "FLOAT16": torch.float16}
 CODES = np.arange(256, dtype=np.int64)
@@ -139,7 +140,7 @@ def test_bytes_picked_out_of_two_words(kind, start, step, name):
 @pytest.mark.parametrize("name", DTYPES)
 def test_four_bits_a_code(name):
     dtype, above = DTYPES[name], 128 if name == "BFLOAT16" else 1024
-    levels = bits(torch.tensor(decode.NF4_LEVELS), dtype)
+    levels = bits(torch.tensor(NF4_LEVELS), dtype)
     integers = bits(torch.arange(16) + above, dtype)
     word = CODES | (CODES ^ 0x5A) << 8 | (255 - CODES) << 16 | (CODES ^ 0x81) << 24
     nf4 = run(getattr(decode, f"_NF4_{name}").value, {"$4": word})
@@ -155,7 +156,7 @@ def test_four_bits_a_code(name):
 @pytest.mark.parametrize("copies", [16, 32])
 @pytest.mark.parametrize("warps", [1, 2, 4, 8])
 def test_levels_in_shared_memory(warps, copies, name):
-    expected = bits(torch.tensor(decode.NF4_LEVELS), DTYPES[name])
+    expected = bits(torch.tensor(NF4_LEVELS), DTYPES[name])
     start = 1024
     shared = np.full(start // 4 + 256 * copies, -1)
     found = run(

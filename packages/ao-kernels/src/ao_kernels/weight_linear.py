@@ -16,6 +16,7 @@ from ao_core.triton_support import interpreting
 from ao_kernels import tiles
 from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
 from ao_kernels.device import decode
+from ao_kernels.device.assembly import NF4_LEVELS
 from ao_kernels.device.dequantize import dequantize
 from ao_kernels.device.few_rows import few_rows
 from ao_kernels.device.many_rows import add_parts, many_rows
@@ -178,7 +179,7 @@ def on_device(device: torch.device) -> Any:
 @functools.cache
 def _levels() -> torch.Tensor:
     with torch.inference_mode(mode=False):
-        return torch.tensor(decode.NF4_LEVELS)
+        return torch.tensor(NF4_LEVELS)
 
 
 def nf4_table(unused: torch.Tensor) -> torch.Tensor:

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import num_warps
 
-from ao_kernels.device.decode import NF4_BITS_BFLOAT16, NF4_BITS_FLOAT16, level_asm
+from ao_kernels.device.assembly import NF4_BITS_BFLOAT16, NF4_BITS_FLOAT16, level_asm
 
 # $0 to $3: levels of bytes 0, 2, 1 and 3 of a word, that of the low code in the low half; $4: the word.
 # level_copy: where the lane's copy of the table starts. {bytes}: from an entry to the next.

@@ -9,15 +9,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ao_kernels.device.decode import (
+from ao_kernels.device.assembly import (
     FOR_BFLOAT16,
     FOR_FLOAT16,
-    INT8,
     NF4_BITS_BFLOAT16,
     NF4_BITS_FLOAT16,
     nf4_asm,
     signed_asm,
 )
+from ao_kernels.device.decode import INT8
 
 # One byte out of a word: $0, $1 its low and its high four bits, less a middle, scaled, and a midpoint added.
 # $2: the word; $3: which byte, as a permutation; $4: the middle, negative, twice; $5: the scale and $6: the
