@@ -152,8 +152,8 @@ def check_pairs(text: str) -> None:
 
 
 def compile_bytes(build, architecture: int) -> None:
-    """The same for products of int8, float8 and 4-bit codes, and activations quantized for them."""
-    from ao_kernels.device import activations, int4_gemm, int8_gemm
+    """The same for products of int8 and float8, and activations quantized for them and for 4-bit codes."""
+    from ao_kernels.device import activations, int8_gemm
 
     tiles = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 128, "GROUP_M": 8, "STAGES": 3}
     forms = [(False, scaled, "i8") for scaled in (0, 1, 2)]
@@ -172,15 +172,7 @@ def compile_bytes(build, architecture: int) -> None:
         rows = {"x_ptr": "*bf16", "codes_ptr": "*fp8e4nv" if float8 else "*i8", "scale_ptr": "*fp32"}
         form = {"EPS": 1e-5, "LARGEST": 448.0 if float8 else 127.0, "INTERPRET": False}
         build(activations.quantize_rows, rows, {**form, "BLOCK": 4096, "ONCE": once})
-    rows = {"x_ptr": "*bf16", "codes_ptr": "*i8", "scale_ptr": "*fp32", "zero_ptr": "*i32"}
-    build(activations.quantize_tokens, rows, {"EPS": 1e-7, "BLOCK": 4096})
-    pointers = {"x_ptr": "*i8", "codes_ptr": "*u8", "x_scale_ptr": "*fp32", "x_zero_ptr": "*i32"}
-    pointers |= {"scale_ptr": "*bf16", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    for group, (block_m, block_n, warps) in itertools.product((16, 128, 0), ((16, 32, 4), (128, 128, 8))):
-        sizes = {"BLOCK_M": block_m, "BLOCK_N": block_n, "BYTES": group or 64, "STAGES": 3}
-        for whole in (True, False):
-            flags = {**sizes, "GROUP": group, "BIAS": True, "WHOLE": whole}
-            build(int4_gemm.int4_gemm, pointers, flags, warps)
+    build(activations.round_tokens, {"x_ptr": "*bf16", "out_ptr": "*bf16"}, {"EPS": 1e-7, "BLOCK": 4096})
 
 
 def compile_hopper() -> int:
@@ -192,6 +184,7 @@ def compile_hopper() -> int:
 
     from ao_kernels.device import decode
     from ao_kernels.device.from_registers import from_registers
+    from ao_kernels.device.pieces import add_tiles
     from ao_kernels.device.warp_specialized import warp_specialized
 
     done = 0
@@ -210,6 +203,8 @@ def compile_hopper() -> int:
             "offset_ptr": "*fp32",
             "step_ptr": "*fp32",
             "bias_ptr": "*bf16",
+            "offsets_ptr": "*i32",
+            "parts_ptr": "*fp32",
             "out_ptr": "*bf16",
         }
         constants = {
@@ -236,11 +231,23 @@ def compile_hopper() -> int:
     for weight, (rows, ring, codes) in [
         (WEIGHTS[0], (16, 8, 3)), (WEIGHTS[0], (256, 5, 2)), *((weight, (64, 8, 3)) for weight in WEIGHTS)
     ]:  # fmt: skip
-        slots = {"BLOCK_M": rows, "RING": ring, "CODES_RING": codes}
         descriptors = (tiles(rows, 64, gl.bfloat16, "bf16"), tiles(128, 32, gl.int32, "i32"))
-        for table in (False, True) if weight[0] == "NF4" else (False,):
-            build(from_registers, weight, {**slots, "TABLE": table}, 4, descriptors)
-    return done
+        slots = {"BLOCK_M": rows, "RING": ring, "CODES_RING": codes, "CUT": 1, "EXPERTS": 0, "TABLE": False}
+        build(from_registers, weight, slots, 4, descriptors)
+        if rows == 64:
+            table = weight[0] == "NF4"
+            build(from_registers, weight, {**slots, "CUT": 3, "TABLE": table}, 4, descriptors)
+            build(from_registers, weight, {**slots, "EXPERTS": 128, "TABLE": table}, 4, descriptors)
+    adding = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
+    sizes = {"CUT": 4, "BIAS": True, "BLOCK_M": 16, "BLOCK_N": 128, "ROWS": 16, "num_warps": 4}
+    names = add_tiles.arg_names
+    source = GluonASTSource(
+        fn=add_tiles,
+        signature={name: "constexpr" if name in sizes else adding.get(name, "i32") for name in names},
+        constexprs={(names.index(name),): value for name, value in sizes.items()},
+    )
+    triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    return done + 1
 
 
 @pytest.mark.slow

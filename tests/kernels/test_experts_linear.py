@@ -11,8 +11,9 @@ from kernel_weights import KINDS, LEAST, codes
 import ao_core as ao
 from ao_core.testing.kernels import poisoned_memory
 from ao_kernels import experts_linear
-from ao_kernels.configs import Decoded, Few, Many
+from ao_kernels.configs import Decoded, Few, Many, Registers, experts_config
 from ao_kernels.experts_linear import stacked
+from ao_kernels.support import hopper
 
 CONFIGS = {
     "few rows, one at a time": Few(8, 8, 1, 2, 64, 3),
@@ -94,6 +95,53 @@ def test_equal_shares_against_float64(kind, config, device):
             found = experts_linear.experts_linear(x.to(device), None, *stacked(weight), config)
         expected = torch.bmm(x.double().view(experts, each, k), values.transpose(1, 2)).flatten(0, 1)
         assert ao.sqnr(expected, found.cpu()) > LEAST[torch.float16], (experts, each, n, k)
+
+
+OF_HOPPER = (
+    Registers(16, 8, 3, 8, 1), Registers(128, 6, 3, 2, 1), Registers(256, 4, 2, 1, 1, table=True)
+)  # fmt: skip
+
+
+@pytest.mark.skipif(
+    not (torch.cuda.is_available() and hopper(torch.device("cuda"))), reason="a kernel for Hopper, in Gluon"
+)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("config", OF_HOPPER, ids=repr)
+def test_the_kernel_for_hopper_against_float64(kind, config, device):
+    many = list(range(0, 1300, 10))
+    cases = (*OFFSETS.values(), ([300, 300, 301, 950], 1000), (many, 1333), ([70], 70))
+    for index, (ends, rows) in enumerate(cases):
+        n, k = ((20, 64), (130, 576), (257, 1056))[index % 3]
+        dtype = (torch.bfloat16, torch.float16)[index % 2]
+        weight, values = stack(kind, len(ends), n, k, device)
+        x = rows_of(rows, k, dtype)
+        offsets = torch.tensor(ends, dtype=(torch.int32, torch.int64)[index % 2], device=device)
+        with poisoned_memory():
+            found = [
+                experts_linear.experts_linear(x.to(device), offsets, *stacked(weight), config)
+                for _ in range(5)
+            ]
+        expected = expected_rows(x, values, ends)
+        beyond = found[0][ends[-1] :]
+        assert torch.equal(beyond, torch.zeros_like(beyond))
+        if ends[-1]:
+            assert ao.sqnr(expected, found[0].cpu()) > LEAST[dtype], (ends, n, k)
+        assert all(torch.equal(found[0], each) for each in found), (ends, n, k)  # no race
+    equal = experts_linear.experts_linear(
+        x[:68].to(device), None, *stacked(stack(kind, 4, n, k, device)[0]), config
+    )
+    expected = expected_rows(x[:68], stack(kind, 4, n, k, device)[1], [17, 34, 51, 68])
+    assert ao.sqnr(expected, equal.cpu()) > LEAST[dtype]
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "float8"])
+def test_on_hopper_a_tile_holds_the_rows_of_most_experts(kind):
+    assert experts_config(kind, 2, 2) is None  # a token: its experts have a row each
+    for rows in (160, 300, 1024, 4096):
+        tiles = experts_config(kind, rows, 8)
+        assert isinstance(tiles, Registers) and tiles.table == (kind == "nf4")
+        assert min(2 * rows / 8, 128) <= tiles.block_m <= max(4 * rows / 8, 16)
+    assert experts_config(kind, 8192, 8).block_m == 256
 
 
 def test_one_launch_serves_all_experts_and_no_stack_is_decoded(device, monkeypatch):

@@ -7,11 +7,12 @@ import torch
 from kernel_weights import KINDS, LEAST, codes
 
 import ao_core as ao
+from ao_core.numerics import pack
 from ao_core.testing.kernels import poisoned_memory
 from ao_kernels import int8_mm
 from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
 from ao_kernels.support import hopper
-from ao_kernels.weight_linear import dequantized, rows_of, weight_linear
+from ao_kernels.weight_linear import Codes, dequantized, rows_of, weight_linear
 
 CONFIGS = {
     "one row": Few(8, 8, 1, 2, 64, 3),
@@ -52,7 +53,7 @@ OF_HOPPER = (
     Registers(128, 6, 3, 1, 2),
     Registers(256, 5, 2, 4, 1),
     Registers(64, 8, 3, 1, 2, table=True),
-    Registers(256, 4, 2, 1, 1, table=True),
+    Registers(256, 4, 2, 1, 2, table=True),
 )
 
 
@@ -77,6 +78,34 @@ def test_the_kernels_for_hopper_against_float64(kind, config, device):
         assert all(torch.equal(found[0], each) for each in found), (m, n, k)  # no race
 
 
+@pytest.mark.parametrize("group_size", [32, 96])
+def test_fine_groups_take_tiles_of_their_own(group_size, device):
+    for m, n, k in ((1, 17, 100), (2, 9, 576), (4, 1, 193), (8, 33, 256), (16, 20, 192)):
+        generator = torch.Generator().manual_seed(m)
+        values = torch.randint(0, 16, (n, k), generator=generator, dtype=torch.uint8)
+        scale = torch.rand(n, -(-k // group_size), generator=generator) / 10 + 0.01
+        weight = Codes("int4", pack.pack(values, bits=4).to(device), scale.to(device), group_size)
+        x = torch.randn(m, k, generator=generator).bfloat16()
+        for narrow in (False, True):
+            tiles = weight_config("int4", m, 4096 if narrow else 14336, 4096, fine=weight.fine)
+            assert weight.fine and isinstance(tiles, Few) and tiles.bytes == 16
+            with poisoned_memory():
+                found = weight_linear(x.to(device), weight, None, tiles)
+            floats = (values.double() - 8) * scale.double()[:, torch.arange(k) // group_size]
+            assert ao.sqnr(x.double() @ floats.t(), found.cpu()) > LEAST[torch.bfloat16], (m, n, k)
+
+
+def test_tiles_of_the_last_round_are_cut_where_half_of_the_device_would_be_idle():
+    hopper_linear = pytest.importorskip("ao_kernels.hopper_linear", reason="a Triton without Gluon")
+    for tiles, tiles_k, most, parts, whole in (
+        (448, 16, 2, 2, 396),  # 14336 x 4096, 1024 rows: 3 rounds of 132, and 52 tiles in halves
+        (32, 16, 4, 4, 0), (64, 16, 4, 2, 0), (33, 16, 4, 4, 0), (34, 16, 4, 3, 0),
+        (112, 16, 4, 1, 112), (132, 16, 4, 1, 132), (336, 16, 4, 1, 336),
+        (1, 3, 4, 3, 0), (1, 1, 4, 1, 1), (5, 5, 4, 3, 0),  # no part without a tile of K
+    ):  # fmt: skip
+        assert hopper_linear._cut(tiles, tiles_k, 132, most) == (parts, whole), (tiles, tiles_k)
+
+
 @pytest.mark.parametrize("kind", ["int4", "int8"])
 def test_what_the_copy_engine_cannot_read_goes_another_way(kind, device):
     for m, n, k in ((40, 33, 97), (17, 20, 72)):  # rows of codes do not start at multiples of 16 bytes
@@ -94,7 +123,8 @@ def test_hopper_has_tiles_of_its_own_from_some_rows_on(kind):
         assert all(isinstance(weight_config(kind, m, n, 4096, hopper=True), own) for m in (64, 128, 256, 512))
         assert isinstance(weight_config(kind, 1, n, 64, hopper=True), Few)
         assert not any(isinstance(weight_config(kind, m, n, 4096), own) for m in (1, 16, 64, 512, 4096))
-    assert isinstance(weight_config("int4", 10**6, 14336, 4096, hopper=True), Registers)
+    assert isinstance(weight_config("int4", 10**6, 4096, 4096, hopper=True), Registers)
+    assert isinstance(weight_config("int4", 10**6, 14336, 4096, hopper=True), Decoded)
     deep, shallow = (weight_config("int4", 512, 4096, k, hopper=True) for k in (14336, 4096))
     assert deep != shallow
 

@@ -55,7 +55,8 @@ class Specialized:
 class Registers:
     """Tiles of :func:`ao_kernels.device.from_registers.from_registers`; ``group_m`` run side by side.
 
-    ``table``: NF4 levels are looked up in shared memory.
+    ``split_k``: the most parts of K, where tiles do not fill the device. ``table``: NF4 levels are looked up
+    in shared memory.
     """
 
     block_m: int
@@ -94,6 +95,14 @@ _INT4: _Table = (
     (128, Many(128, 128, 8, 32, 3, 2), Many(64, 128, 4, 32, 3, 4)),
     (256, Many(64, 256, 4, 32, 3, 1), Many(64, 256, 4, 32, 3, 4)),
 )
+# Where groups are of 32 columns, or of any number that is no multiple of 64: for few rows.
+_INT4_FINE: _Table = (
+    (1, Few(8, 32, 1, 2, 16, 4), Few(16, 16, 1, 2, 16, 4)),
+    (2, Few(4, 32, 2, 2, 16, 4), Few(8, 16, 2, 2, 16, 4)),
+    (4, Few(4, 64, 4, 2, 16, 4), Few(8, 16, 4, 2, 16, 4)),
+    (8, Few(2, 64, 8, 2, 16, 4), Few(4, 32, 8, 2, 16, 4)),
+    (16, Few(2, 64, 16, 2, 16, 4), Few(4, 16, 16, 4, 16, 4)),
+)
 _NF4: _Table = (
     (1, Few(8, 16, 1, 4, 32, 5), Few(8, 16, 1, 4, 32, 5)),
     (2, Few(4, 16, 2, 2, 32, 4), Few(4, 16, 2, 2, 32, 4)),
@@ -122,7 +131,7 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
     "int4": (
         9,
         (
-            (16, Few(1, 32, 16, 2, 64, 4), Registers(16, 8, 3, 1, 4)),
+            (16, Few(1, 64, 16, 2, 64, 4), Registers(16, 8, 3, 1, 4)),
             (32, Registers(32, 8, 3, 1, 1), Registers(32, 8, 3, 1, 4)),
             (
                 64,
@@ -139,8 +148,12 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
                 Registers(256, 5, 2, 1, 1),
                 (Registers(256, 5, 2, 1, 4), Specialized(256, 128, 32, 4, 2, 1, 4)),
             ),
-            (512, Registers(256, 5, 2, 1, 1), (Registers(256, 5, 2, 1, 2), Registers(128, 6, 3, 1, 1))),
-            (ANY, Registers(256, 5, 2, 4, 1), Registers(256, 5, 2, 1, 1)),
+            (512, Registers(256, 5, 2, 1, 1), (Registers(256, 5, 2, 1, 2), Registers(128, 6, 3, 4, 1))),
+            (1024, Registers(256, 5, 2, 4, 2), Registers(256, 5, 2, 2, 2)),
+            (1152, Decoded(), Decoded()),
+            (1792, Registers(256, 5, 2, 4, 2), Decoded()),
+            (2560, Registers(256, 5, 2, 4, 2), Registers(256, 5, 2, 2, 2)),
+            (ANY, Decoded(), Registers(256, 5, 2, 2, 2)),
         ),
     ),
     "nf4": (
@@ -160,7 +173,11 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
                 Registers(256, 4, 2, 1, 1, table=True),
                 (Registers(256, 4, 2, 1, 2, table=True), Registers(128, 6, 3, 4, 1, table=True)),
             ),
-            (ANY, Registers(256, 4, 2, 4, 1, table=True), Registers(256, 4, 2, 1, 1, table=True)),
+            (1024, Registers(256, 4, 2, 4, 2, table=True), Registers(256, 4, 2, 2, 2, table=True)),
+            (1152, Decoded(), Decoded()),
+            (1792, Registers(256, 4, 2, 4, 2, table=True), Decoded()),
+            (2560, Registers(256, 4, 2, 4, 2, table=True), Registers(256, 4, 2, 2, 2, table=True)),
+            (ANY, Decoded(), Registers(256, 4, 2, 2, 2, table=True)),
         ),
     ),
     "int8": (
@@ -188,14 +205,23 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
                 Registers(256, 5, 2, 4, 1),
                 (Registers(256, 5, 2, 1, 2), Registers(128, 6, 3, 4, 1)),
             ),
-            (1024, Registers(256, 5, 2, 4, 1), Registers(256, 5, 2, 1, 1)),
+            (1024, Registers(256, 5, 2, 4, 2), Registers(256, 5, 2, 1, 1)),
+            (1152, Decoded(), Decoded()),
+            (2048, Registers(256, 5, 2, 4, 2), Decoded()),
         ),
     ),
 }
 _HOPPER["float8"] = _HOPPER["int8"]
 
 
-def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False) -> Config:
+_INT4_FINE_HOPPER: _Table = (
+    *_INT4_FINE[:3],
+    (8, Few(2, 64, 8, 2, 16, 4), Registers(16, 8, 3, 1, 4)),
+    (16, Registers(16, 8, 3, 1, 1), Registers(16, 8, 3, 1, 4)),
+)
+
+
+def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False, *, fine: bool = False) -> Config:
     """For ``m`` rows of activations and a weight ``[n, k]``.
 
     Args:
@@ -204,9 +230,12 @@ def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False) -> Co
         n: columns of the output.
         k: columns of the input.
         hopper: whether :class:`Specialized` and :class:`Registers` can run.
+        fine: groups hold no multiple of 64 columns.
     """
     table = _TABLES[kind]
-    if hopper and m >= _HOPPER[kind][0]:
+    if kind == "int4" and fine and m <= _INT4_FINE[-1][0]:
+        table = _INT4_FINE_HOPPER if hopper else _INT4_FINE
+    elif hopper and m >= _HOPPER[kind][0]:
         table = _HOPPER[kind][1]
     for most, wide, narrow in table:
         if m <= most:
@@ -214,6 +243,30 @@ def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False) -> Co
                 return wide
             return narrow[k < _DEEP] if isinstance(narrow, tuple) else narrow
     return Decoded()
+
+
+# Of a stack on Hopper, from so many rows an expert on.
+_EXPERTS_FROM = {"int4": 9, "nf4": 2, "int8": 17, "float8": 17}
+
+
+def experts_config(kind: str, rows: int, experts: int) -> Registers | None:
+    """On Hopper, for a stack of experts, where :class:`Registers` are the fastest.
+
+    A tile has twice an expert's mean rows, so that one of them is enough for most experts.
+
+    Args:
+        kind: as in :func:`weight_config`.
+        rows: of activations, of all experts.
+        experts: how many there are.
+    """
+    mean = -(-rows // min(rows, experts))
+    if mean < _EXPERTS_FROM[kind] and not (kind == "nf4" and rows >= max(experts, 8)):
+        return None
+    table = kind == "nf4"
+    for most, block_m in ((8, 16), (16, 32), (32, 64), (256, 128)):
+        if mean <= most:
+            return Registers(block_m, 6 if block_m == 128 else 8, 3, 8, 1, table)
+    return Registers(256, 4 if table else 5, 2, 2, 1, table)
 
 
 @dataclass(frozen=True)

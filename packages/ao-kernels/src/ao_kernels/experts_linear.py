@@ -7,19 +7,22 @@ import dataclasses
 import torch
 import triton
 
-from ao_kernels.configs import Config, Decoded, Few, Many, weight_config
+from ao_kernels.configs import Config, Decoded, Few, Many, Registers, experts_config, weight_config
 from ao_kernels.device.experts import few_rows_experts, many_rows_experts
 from ao_kernels.rows import columns_in_order, pairs_of_columns, plain_rows
+from ao_kernels.support import hopper
 from ao_kernels.weight_linear import (
     Codes,
     check_columns,
     dequantized,
     nf4_table,
     on_device,
+    readable,
     rows_of,
     strides,
 )
 
+_FEW = 8
 _DECODED_ROWS = 128
 """Of an expert, that tiles are taken for where a stack can't be multiplied in floats."""
 
@@ -29,7 +32,7 @@ def experts_linear(
     offsets: torch.Tensor | None,
     weight: Codes,
     experts: int,
-    config: Few | Many | Decoded | None = None,
+    config: Few | Many | Registers | Decoded | None = None,
 ) -> torch.Tensor:
     """Each row of ``x`` times its expert's weight, transposed, summed in float32.
 
@@ -57,6 +60,11 @@ def experts_linear(
     with on_device(x.device):
         if isinstance(config, Decoded):
             return _decoded(x, offsets, weight, out, experts)
+        if isinstance(config, Registers):
+            from ao_kernels.hopper_linear import launch_experts  # Gluon is imported where it is needed
+
+            launch_experts(x, weight, _ends(x, offsets, experts), out, config)
+            return out
         return _launch(x, offsets, weight, out, experts, config)
 
 
@@ -86,13 +94,27 @@ def _check_rows(x: torch.Tensor, offsets: torch.Tensor | None, experts: int) -> 
         )
 
 
+def _ends(x: torch.Tensor, offsets: torch.Tensor | None, experts: int) -> torch.Tensor:
+    """Where the rows of each expert end."""
+    if offsets is not None:
+        return offsets.contiguous()
+    each = x.shape[0] // experts
+    return torch.arange(each, x.shape[0] + 1, each, dtype=torch.int32, device=x.device)
+
+
 def _config(
     x: torch.Tensor, offsets: torch.Tensor | None, weight: Codes, experts: int
-) -> Few | Many | Decoded:
+) -> Few | Many | Registers | Decoded:
     """The table's for a mean expert. Programs of all experts run side by side, so K is not cut."""
     busy = min(x.shape[0], experts)
+    if hopper(x.device) and readable(x, weight, words=True):
+        specialized = experts_config(weight.kind, x.shape[0], experts)
+        if specialized is not None:
+            return specialized
     rows, n = triton.cdiv(x.shape[0], busy), weight.codes.shape[0] // experts
-    found: Config = weight_config(weight.kind, rows, n * busy, x.shape[1])
+    if offsets is not None and rows <= _FEW and x.shape[0] > _FEW:
+        rows = max(2 * rows, 4)  # they vary: one tile is enough for most experts
+    found: Config = weight_config(weight.kind, rows, n * busy, x.shape[1], fine=weight.fine)
     if isinstance(found, Decoded) and not (offsets is None or _groupable(x, n)):
         found = weight_config(weight.kind, _DECODED_ROWS, n * busy, x.shape[1])
     if isinstance(found, Many):

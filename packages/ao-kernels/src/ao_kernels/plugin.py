@@ -37,7 +37,7 @@ def _kernels() -> Iterator[Any]:
         "nf4_linear": (nf4_linear.linear, nf4_linear.misfit),
         "int8_weight_linear": (int8_linear.weight_linear, int8_linear.weight_misfit),
         "int8_dynamic_linear": (int8_linear.dynamic_linear, int8_linear.dynamic_misfit),
-        "int8_dynamic_int4_linear": (int4_linear.dynamic_linear, int4_linear.dynamic_misfit),
+        "int8_dynamic_int4_linear": (int4_linear.dynamic_linear, int4_linear.misfit),
         "float8_weight_linear": (float8_linear.linear, float8_linear.misfit),
         "float8_dynamic_linear": (float8_linear.dynamic_linear, float8_linear.dynamic_misfit),
         "int4_experts_linear": (experts.int4_linear, int4_linear.misfit),

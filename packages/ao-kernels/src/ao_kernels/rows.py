@@ -8,12 +8,31 @@ import torch
 import torch.nn.functional as F
 import triton
 
-from ao_kernels.device.activations import order_columns
+from ao_kernels.device.activations import order_columns, round_tokens
+
+_EPS = torch.finfo(torch.float32).eps
 
 
 def plain_rows(x: torch.Tensor) -> torch.Tensor:
     """``x`` ``[M, K]``, or a copy where neighbouring columns are not beside each other."""
     return x if x.stride(1) == 1 else x.contiguous()
+
+
+def rounded_tokens(x: torch.Tensor) -> torch.Tensor:
+    """Rows of ``x`` ``[M, K]``, each rounded to 256 values: those of int8 codes with a zero point.
+
+    Returns:
+        As ``x``, its rows a multiple of 16 bytes apart. A row with infinity or NaN is not finite.
+    """
+    (m, k), x = x.shape, plain_rows(x)
+    out = x.new_empty(m, -(-k // 8) * 8)
+    block = min(triton.next_power_of_2(k), 8192)
+    if out.numel():
+        round_tokens[(m,)](
+            x, out, k, x.stride(0), out.stride(0), EPS=_EPS, BLOCK=block,
+            num_warps=max(min(block // 512, 16), 1),
+        )  # fmt: skip
+    return out[:, :k]
 
 
 def columns_in_order(x: torch.Tensor, width: int, size: int, dtype: Any) -> torch.Tensor:

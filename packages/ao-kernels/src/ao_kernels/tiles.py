@@ -25,7 +25,7 @@ from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized
 
 Tiles = Few | Many | Specialized | Registers | Decoded | Gemm
 
-KERNELS_VERSION = 4
+KERNELS_VERSION = 5
 """Of the kernels: tiles that were found for other kernels are not used."""
 
 MOST_ROWS = 8192

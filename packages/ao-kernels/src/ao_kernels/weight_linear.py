@@ -63,6 +63,11 @@ class Codes:
             return 0
         return self.group_size // 2 if self.packed else self.group_size
 
+    @property
+    def fine(self) -> bool:
+        """Whether groups hold no multiple of 64 columns: tiles of few rows are narrow then."""
+        return self.packed and self.group_bytes % 32 != 0
+
     def tile_bytes(self, most: int) -> int:
         """Bytes of a row to a tile: a power of two up to ``most`` that divides a group."""
         return math.gcd(self.group_bytes, most) if self.group_bytes else most
@@ -138,11 +143,11 @@ def weight_linear(
 
 
 def _config(weight: Codes, rows: torch.Tensor) -> Config:
-    """Tiles that were measured for this call, else those of the table."""
+    """Tiles that were measured for this call, with groups of another size if they were; else the table's."""
     n, kind = weight.codes.shape[0], weight.kind
     found = tiles.find(kind, rows.shape[0], n, rows.shape[1], rows.dtype, rows.device)
-    if found is None or isinstance(found, Gemm):
-        return weight_config(kind, rows.shape[0], n, rows.shape[1], hopper(rows.device))
+    if found is None or isinstance(found, Gemm) or weight.fine:
+        return weight_config(kind, rows.shape[0], n, rows.shape[1], hopper(rows.device), fine=weight.fine)
     return found
 
 
@@ -153,16 +158,22 @@ _MOST_SCALES = 2**31  # that 32 bits count
 def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
     """``config``, or another where the copy engine can't read operands, or a grid can't hold the tiles."""
     if isinstance(config, (Specialized, Registers)):
-        readable = _copyable(rows) and _copyable(weight.codes) and weight.scale.numel() < _MOST_SCALES
-        if isinstance(config, Registers):  # reads words of codes; scales lie between them
-            word = 4 if weight.packed else 8
-            readable = readable and weight.codes.shape[1] % 4 == 0 and weight.group_bytes % word == 0
-        if readable and hopper(rows.device):
+        if readable(rows, weight, words=isinstance(config, Registers)) and hopper(rows.device):
             return config
-        config = weight_config(weight.kind, rows.shape[0], weight.codes.shape[0], rows.shape[1])
+        n, k = weight.codes.shape[0], rows.shape[1]
+        config = weight_config(weight.kind, rows.shape[0], n, k, fine=weight.fine)
     if isinstance(config, (Few, Many)) and triton.cdiv(rows.shape[0], config.block_m) > _MOST_PROGRAMS:
         return Decoded()
     return config
+
+
+def readable(x: torch.Tensor, weight: Codes, *, words: bool) -> bool:
+    """Whether the kernels that are Hopper's alone can read ``x`` and a weight; one reads words of codes."""
+    fits = _copyable(x) and _copyable(weight.codes) and weight.scale.numel() < _MOST_SCALES
+    if words:  # scales lie between them
+        word = 4 if weight.packed else 8
+        fits = fits and weight.codes.shape[1] % 4 == 0 and weight.group_bytes % word == 0
+    return fits
 
 
 def _copyable(matrix: torch.Tensor) -> bool:

@@ -88,22 +88,14 @@ def quantize_rows(
 
 
 @triton.jit
-def _token_codes(values, scale, zero):
-    """``round(values / scale) + zero``, in [-128, 127]."""
-    return tl.minimum(tl.maximum(_nearest(tl.div_rn(values, scale)) + zero, -128.0), 127.0).to(tl.int8)
+def round_tokens(x_ptr, out_ptr, K, x_stride, out_stride, EPS: tl.constexpr, BLOCK: tl.constexpr):
+    """Each row rounded to what 256 asymmetric int8 codes stand for, in the dtype of ``out``.
 
-
-@triton.jit
-def quantize_tokens(
-    x_ptr, codes_ptr, scale_ptr, zero_ptr, K, x_stride, codes_stride, EPS: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
-    """Asymmetric int8 codes of each row, its float32 scale and int32 zero point.
-
-    The range holds zero; the scale is at least ``EPS``, and NaN in a row with NaN.
+    The range holds zero; the scale is at least ``EPS``. A row with NaN becomes NaN.
     """
     row = tl.program_id(0).to(tl.int64)
     source = x_ptr + row * x_stride
-    target = codes_ptr + row * codes_stride
+    target = out_ptr + row * out_stride
     block = tl.arange(0, BLOCK)
     least = tl.zeros((BLOCK,), tl.float32)
     largest = tl.zeros((BLOCK,), tl.float32)
@@ -120,6 +112,6 @@ def quantize_tokens(
     zero = tl.minimum(tl.maximum(-128.0 - _nearest(tl.div_rn(low, scale)), -128.0), 127.0)
     for start in range(0, K, BLOCK):
         values = tl.load(source + start + block, mask=start + block < K, other=0).to(tl.float32)
-        tl.store(target + start + block, _token_codes(values, scale, zero), mask=start + block < codes_stride)
-    tl.store(scale_ptr + row, scale)
-    tl.store(zero_ptr + row, zero.to(tl.int32))
+        codes = tl.minimum(tl.maximum(_nearest(tl.div_rn(values, scale)) + zero, -128.0), 127.0)
+        rounded = ((codes - zero) * scale).to(out_ptr.dtype.element_ty)
+        tl.store(target + start + block, rounded, mask=start + block < K)

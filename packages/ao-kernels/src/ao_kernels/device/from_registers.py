@@ -10,6 +10,9 @@ A thread of the operand holds, of each row, every fourth byte of two codes, or o
 reads whole words instead, as do the three beside it, at no cost, and picks its byte from each: no order of
 columns has to be changed, neither of codes nor of activations.
 
+A program takes every so many pieces of the work, and its copies run ahead into the next: see
+:mod:`ao_kernels.device.pieces`.
+
 Written in Gluon, Triton's lower level, which its interpreter does not run.
 """
 
@@ -28,6 +31,7 @@ from ao_kernels.device.copy_engine import copy_tile
 from ao_kernels.device.decode import INT4, NF4, above
 from ao_kernels.device.levels import fill_levels, lane_copy
 from ao_kernels.device.picked import looked_up_levels, picked_bytes, picked_levels, picked_nibbles
+from ao_kernels.device.pieces import advance, end_of, part_of, pieces_of_experts, place
 from ao_kernels.device.scales import load_row_scales, scale_of
 
 STEP = gl.constexpr(64)
@@ -35,34 +39,45 @@ STEP = gl.constexpr(64)
 
 
 @gluon.jit
-def _place(at, M, N, group_m, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr):
-    """Row and column of the output's tile ``at``: bands of ``group_m`` tiles of rows, column by column."""
-    across_m = gl.cdiv(M, BLOCK_M)
-    across_n = gl.cdiv(N, BLOCK_N)
-    band = at // (group_m * across_n)
-    band_m = gl.minimum(across_m - band * group_m, group_m)
-    inside = at % (group_m * across_n)
-    return (band * group_m + inside % band_m) * BLOCK_M, inside // band_m * BLOCK_N
-
-
-@gluon.jit
 def _fetch(
-    desc, ring, full, empty, M, N, group_m, first, steps,
-    CODES: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr,
-    BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
+    desc, ring, full, empty, offsets_ptr, M, N, E, group_m, pieces, whole, all_tiles,
+    CODES: gl.constexpr, COLUMNS: gl.constexpr, STEPS: gl.constexpr, RING: gl.constexpr, CUT: gl.constexpr,
+    EXPERTS: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
 ):  # fmt: skip
-    """Copy ``steps`` tiles of ``COLUMNS`` from step ``first`` on into a ring, for each tile of the output."""
-    i = first * 0
-    count = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
-    for at in range(gl.program_id(0), count, gl.num_programs(0)):
-        row, column = _place(at, M, N, group_m, BLOCK_M, BLOCK_N)
-        start = column if CODES else row
-        for step in range(steps):
+    """Copy, for each piece of the work, ``STEPS`` tiles of ``COLUMNS`` to a tile of K into a ring."""
+    i = pieces * 0
+    expert = i
+    before = i
+    start = i
+    end = i + M
+    if EXPERTS:
+        end = end_of(expert, offsets_ptr, M, E)
+    for at in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        tile, first, count = part_of(at, whole, all_tiles, CUT)
+        if EXPERTS:
+            expert, before, start, end = advance(
+                tile, expert, before, start, end, offsets_ptr, M, N, E, BLOCK_M, BLOCK_N
+            )
+        row, column = place(tile - before, end - start, N, group_m, BLOCK_M, BLOCK_N)
+        top = expert * N + column if CODES else start + row
+        for step in range(first * STEPS, (first + count) * STEPS):
             slot = i % RING
             mbarrier.wait(empty.index(slot), (i // RING & 1) ^ 1)
             mbarrier.expect(full.index(slot), desc.block_type.nbytes)
-            copy_tile(desc, [start, (first + step) * COLUMNS], full.index(slot), ring.index(slot))
+            copy_tile(desc, [top, step * COLUMNS], full.index(slot), ring.index(slot))
             i += 1
+
+
+@gluon.jit
+def _spread(scales, LAYOUT: gl.constexpr):
+    """One of two or four scales ``[64, 2 or 4]`` for each of the eight parts of a step."""
+    if scales.shape[1] == 2:
+        twice = gl.join(scales, scales)
+        scales = gl.join(twice, twice).reshape([64, 8])
+    elif scales.shape[1] == 4:
+        scales = gl.join(scales, scales).reshape([64, 8])
+    EACH: gl.constexpr = scales.shape[1]
+    return scales if EACH == 1 else gl.convert_layout(scales, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
 
 
 @gluon.jit
@@ -77,7 +92,7 @@ def _operand(
     """
     lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
     lane = gl.expand_dims(gl.expand_dims(lane, 0), 0)
-    scale = scale_of(raw, CODED)
+    scale = _spread(scale_of(raw, CODED), LAYOUT)
     SCALED: gl.constexpr = GROUP > 0 or CODED or (KIND == INT4 and ZERO == 1)
     if not SCALED:
         scale = gl.full_like(scale, 1.0)
@@ -87,9 +102,9 @@ def _operand(
         middle = gl.full_like(scale, 8.0)
         midpoint = gl.zeros_like(scale)
         if ZERO == 1:
-            midpoint = gl.expand_dims(raw[1].to(gl.float32), 2)
+            midpoint = gl.expand_dims(_spread(raw[1].to(gl.float32), LAYOUT), 2)
         elif ZERO == 2:
-            middle = gl.expand_dims(raw[1].to(gl.float32), 2)
+            middle = gl.expand_dims(_spread(raw[1].to(gl.float32), LAYOUT), 2)
         less = (-above(DTYPE) - middle).to(DTYPE)
         even, odd = picked_nibbles(gl.expand_dims(codes, 2), lane, less, scale, midpoint, DTYPE)
     elif TABLE:
@@ -108,11 +123,12 @@ def _operand(
 @gluon.jit
 def _multiply(
     x, codes, full, empty, codes_full, codes_empty,
-    scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
-    groups, scalers, scaler_size, table,
+    scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, offsets_ptr, out_ptr, parts_ptr,
+    M, N, E, group_m, pieces, whole, all_tiles, groups, scalers, scaler_size, table,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
     GROUP: gl.constexpr, START: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr,
-    RING: gl.constexpr, CODES_RING: gl.constexpr, TABLE: gl.constexpr,
+    RING: gl.constexpr, CODES_RING: gl.constexpr, CUT: gl.constexpr, EXPERTS: gl.constexpr,
+    TABLE: gl.constexpr,
 ):  # fmt: skip
     """Rows ``[START:START + 64]`` of each tile of codes times tiles of activations, stored transposed."""
     PACKED: gl.constexpr = KIND == INT4 or KIND == NF4
@@ -136,23 +152,40 @@ def _multiply(
             [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 16],
         )
     )  # fmt: skip
-    # Scales: one for a row and step, or for each of the eight parts of a step. They last a number of steps if
-    # a tile is a whole number of groups, or the other way round.
-    PARTS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
+    # Scales: one for a row and step, or for each of the 2, 4 or 8 parts of a step. They last a number of
+    # steps if a tile is a whole number of groups, or the other way round.
+    EACH: gl.constexpr = 1 if GROUP % BYTES == 0 else min(BYTES // GROUP, 8) if BYTES % GROUP == 0 else 8
+    BESIDE: gl.constexpr = [[0, 1], [8, 0]] if EACH == 2 else [[0, 1], [0, 2], [8, 0]]
+    PARTS: gl.constexpr = (
+        gl.SliceLayout(2, LAYOUT)
+        if EACH == 1 or EACH == 8
+        else gl.DistributedLinearLayout(
+            BESIDE, [[0, 0], [0, 0], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, EACH]
+        )
+    )
     LASTING: gl.constexpr = GROUP > 0 and (128 % GROUP == 0 or GROUP % 128 == 0)
-    within = gl.expand_dims(gl.zeros([64], gl.int32, gl.SliceLayout(1, PARTS)), 1)
-    if GROUP % BYTES != 0:
-        part_of_step = gl.expand_dims(gl.arange(0, 8, gl.SliceLayout(0, PARTS)), 0)
-        within = within + part_of_step * (BYTES // 8)
-    within += first * 128
-    out_ptr += gl.program_id(1).to(gl.int64) * M * N
+    part_of_step = gl.expand_dims(gl.zeros([64], gl.int32, gl.SliceLayout(1, PARTS)), 1)
+    if EACH > 1:
+        each = gl.expand_dims(gl.arange(0, EACH, gl.SliceLayout(0, PARTS)), 0)
+        part_of_step = part_of_step + each * (BYTES // EACH)
     copy = lane_copy(table, 32) if TABLE else table
-    count = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
-    done = first * 0
-    for at in range(gl.program_id(0), count, gl.num_programs(0)):
-        row, column = _place(at, M, N, group_m, BLOCK_M, BLOCK_N)
+    done = pieces * 0
+    expert = done
+    before = done
+    start = done
+    end = done + M
+    if EXPERTS:
+        end = end_of(expert, offsets_ptr, M, E)
+    for at in range(gl.program_id(0), pieces, gl.num_programs(0)):
+        tile_at, first, tiles = part_of(at, whole, all_tiles, CUT)
+        if EXPERTS:
+            expert, before, start, end = advance(
+                tile_at, expert, before, start, end, offsets_ptr, M, N, E, BLOCK_M, BLOCK_N
+            )
+        row, column = place(tile_at - before, end - start, N, group_m, BLOCK_M, BLOCK_N)
         rows = column + START + gl.arange(0, 64, gl.SliceLayout(1, PARTS))
-        rows = gl.expand_dims(gl.minimum(rows, N - 1), 1)
+        rows = gl.expand_dims(gl.minimum(rows, N - 1) + expert * N, 1)
+        within = part_of_step + first * 128
         raw = load_row_scales(
             scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, within, groups, scalers, scaler_size,
             ZERO, CODED, GROUP,
@@ -169,7 +202,7 @@ def _multiply(
         mbarrier.wait(full.index(done * STEPS % RING), done * STEPS // RING & 1)
         last = done + tiles - 1
         for tile in range(done, done + tiles):
-            before = w
+            held = w
             for part in gl.static_range(STEPS):
                 i = tile * STEPS + part
                 acc = warpgroup_mma(w, x.index(i % RING).permute((1, 0)), acc, is_async=True)
@@ -196,22 +229,43 @@ def _multiply(
                 # One product stays under way, but none into the next iteration, where the registers that it
                 # reads change their names. Operands are named here to keep them until their products end.
                 if part + 1 < STEPS:
-                    acc, before = warpgroup_mma_wait(num_outstanding=1, deps=(acc, before))
+                    acc, held = warpgroup_mma_wait(num_outstanding=1, deps=(acc, held))
                 else:
-                    acc, before, w = warpgroup_mma_wait(num_outstanding=0, deps=(acc, before, w))
+                    acc, held, w = warpgroup_mma_wait(num_outstanding=0, deps=(acc, held, w))
                     mbarrier.arrive(empty.index(i % RING))
                 if part > 0:
                     mbarrier.arrive(empty.index((i - 1) % RING))
-                before = w
+                held = w
                 w = following
             mbarrier.arrive(codes_empty.index(tile % CODES_RING))
         done += tiles
         inside = gl.minimum(column + START + gl.arange(0, 64, gl.SliceLayout(1, layout)), N - 1)
         if GROUP == 0 and not CODED and not (KIND == INT4 and ZERO == 1):
-            acc *= gl.expand_dims(gl.load(scale_ptr + inside * groups).to(gl.float32), 1)
-        if BIAS:
-            acc += gl.expand_dims(gl.load(bias_ptr + inside).to(gl.float32), 1)
-        _store(acc.to(out_ptr.dtype.element_ty), out_ptr, row, column + START, M, N)
+            scale = gl.load(scale_ptr + (inside + expert * N) * groups)
+            acc *= gl.expand_dims(scale.to(gl.float32), 1)
+        if CUT > 1:
+            if at >= whole:
+                sums_ptr = parts_ptr + (at - whole).to(gl.int64) * (BLOCK_M * BLOCK_N)
+                _store(acc, sums_ptr, 0, START, BLOCK_M, BLOCK_N)
+            else:
+                _finish(acc, inside, bias_ptr, out_ptr, row, column + START, end, N, BIAS)
+        else:
+            _finish(acc, inside, bias_ptr, out_ptr, start + row, column + START, end, N, BIAS)
+    if EXPERTS:  # rows of none
+        zeros = gl.zeros([64, BLOCK_M], gl.float32, layout).to(out_ptr.dtype.element_ty)
+        start = end_of(E, offsets_ptr, M, E)
+        pieces = gl.cdiv(M - start, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+        for at in range(gl.program_id(0), pieces, gl.num_programs(0)):
+            row, column = place(at, M - start, N, 1, BLOCK_M, BLOCK_N)
+            _store(zeros, out_ptr, start + row, column + START, M, N)
+
+
+@gluon.jit
+def _finish(acc, inside, bias_ptr, out_ptr, row, column, end, N, BIAS: gl.constexpr):
+    """Store ``acc`` and the bias of its columns ``inside``, where rows are before ``end``."""
+    if BIAS:
+        acc += gl.expand_dims(gl.load(bias_ptr + inside).to(gl.float32), 1)
+    _store(acc.to(out_ptr.dtype.element_ty), out_ptr, row, column, end, N)
 
 
 @gluon.jit
@@ -231,13 +285,13 @@ def _store(values, out_ptr, row, column, M, N):
         gl.store(pointers, gl.convert_layout(values, layout), mask=mask)
 
 
-@gluon.jit(do_not_specialize=["M", "width", "groups", "scalers", "group_m"])
+@gluon.jit(do_not_specialize=["M", "E", "width", "groups", "scalers", "group_m", "whole"])
 def from_registers(
-    x_desc, codes_desc, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr,
-    M, N, width, groups, scalers, scaler_size, group_m,
+    x_desc, codes_desc, scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, offsets_ptr, out_ptr, parts_ptr,
+    M, N, E, width, groups, scalers, scaler_size, group_m, whole,
     KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, BIAS: gl.constexpr, DTYPE: gl.constexpr,
     GROUP: gl.constexpr, BLOCK_M: gl.constexpr, RING: gl.constexpr, CODES_RING: gl.constexpr,
-    TABLE: gl.constexpr, num_warps: gl.constexpr,
+    CUT: gl.constexpr, EXPERTS: gl.constexpr, TABLE: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """``out [M, N] = x [M, K] @ weight [N, K].T + bias``.
 
@@ -245,20 +299,24 @@ def from_registers(
         x_desc: activations ``[M, K]`` in tiles of ``BLOCK_M`` rows and 64 columns; beyond their end the copy
             engine gives 0.
         codes_desc: words of four bytes ``[N, width / 4]`` in tiles of 128 rows and 128 bytes.
+        offsets_ptr: of a stack of experts, where the rows of each end, integers ``[E]``.
+        parts_ptr: float32, the sums of pieces: ``[pieces of cut tiles, BLOCK_M, 128]``.
         width: bytes to a row of codes, a multiple of four.
         group_m: tiles of rows that run side by side, and find their weights in the L2 cache.
+        whole: tiles of the output that are not cut.
         GROUP: bytes to a scale, a multiple of four (of eight, if a code is a byte); 0: one for the row.
+        CUT: parts of K of all other tiles, for :func:`add_tiles`.
+        EXPERTS: a power of two, E or more, where the weight is a stack ``[E * N, K]``; else 0. Without bias.
         TABLE: look NF4 levels up in shared memory, where they take 32 KB, rather than in registers.
-
-    A program takes every so many tiles of the output. Programs on the second axis of the grid share a row;
-    ``out`` is then ``[programs, M, N]``.
     """
     STEPS: gl.constexpr = 4 if KIND == INT4 or KIND == NF4 else 2
     BLOCK_N: gl.constexpr = 128
     all_tiles = gl.cdiv(width, 128)
-    share = gl.cdiv(all_tiles, gl.num_programs(1))
-    first = gl.program_id(1) * share
-    tiles = gl.minimum(all_tiles - first, share)
+    if EXPERTS:
+        pieces = pieces_of_experts(offsets_ptr, M, N, E, EXPERTS, BLOCK_M, BLOCK_N)
+    else:
+        pieces = gl.cdiv(M, BLOCK_M) * gl.cdiv(N, BLOCK_N)
+        pieces = whole + (pieces - whole) * CUT
     x = gl.allocate_shared_memory(DTYPE, [RING, BLOCK_M, STEP], x_desc.layout)
     codes = gl.allocate_shared_memory(gl.int32, [CODES_RING, BLOCK_N, 32], codes_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -272,30 +330,32 @@ def from_registers(
         mbarrier.init(codes_full.index(i), count=1)
         mbarrier.init(codes_empty.index(i), count=2)
     fence_async_shared()
-    table = first * 0
+    table = pieces * 0
     if TABLE:
         table = fill_levels(DTYPE, 32)
     gl.warp_specialize(
         [
             (_multiply, (
                 x, codes, full, empty, codes_full, codes_empty,
-                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
-                groups, scalers, scaler_size, table,
-                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 0, BLOCK_M, BLOCK_N, RING, CODES_RING, TABLE,
+                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, offsets_ptr, out_ptr, parts_ptr,
+                M, N, E, group_m, pieces, whole, all_tiles, groups, scalers, scaler_size, table,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 0, BLOCK_M, BLOCK_N, RING, CODES_RING,
+                CUT, EXPERTS, TABLE,
             )),
             (_multiply, (
                 x, codes, full, empty, codes_full, codes_empty,
-                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, out_ptr, M, N, group_m, first, tiles,
-                groups, scalers, scaler_size, table,
-                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 64, BLOCK_M, BLOCK_N, RING, CODES_RING, TABLE,
+                scale_ptr, zero_ptr, offset_ptr, step_ptr, bias_ptr, offsets_ptr, out_ptr, parts_ptr,
+                M, N, E, group_m, pieces, whole, all_tiles, groups, scalers, scaler_size, table,
+                KIND, ZERO, CODED, BIAS, DTYPE, GROUP, 64, BLOCK_M, BLOCK_N, RING, CODES_RING,
+                CUT, EXPERTS, TABLE,
             )),
             (_fetch, (
-                x_desc, x, full, empty, M, N, group_m, first * STEPS, tiles * STEPS,
-                False, STEP, RING, BLOCK_M, BLOCK_N,
+                x_desc, x, full, empty, offsets_ptr, M, N, E, group_m, pieces, whole,
+                all_tiles, False, STEP, STEPS, RING, CUT, EXPERTS, BLOCK_M, BLOCK_N,
             )),
             (_fetch, (
-                codes_desc, codes, codes_full, codes_empty, M, N, group_m, first, tiles,
-                True, 32, CODES_RING, BLOCK_M, BLOCK_N,
+                codes_desc, codes, codes_full, codes_empty, offsets_ptr, M, N, E, group_m, pieces, whole,
+                all_tiles, True, 32, 1, CODES_RING, CUT, EXPERTS, BLOCK_M, BLOCK_N,
             )),
         ],
         [4, 1, 1],
