@@ -239,7 +239,7 @@ def compile_hopper() -> int:
             build(from_registers, weight, {**slots, "CUT": 3, "TABLE": table}, 4, descriptors)
             build(from_registers, weight, {**slots, "EXPERTS": 128, "TABLE": table}, 4, descriptors)
     adding = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
-    sizes = {"CUT": 4, "BIAS": True, "BLOCK_M": 16, "BLOCK_N": 128, "ROWS": 16, "num_warps": 4}
+    sizes = {"CUT": 4, "BIAS": True, "BLOCK_M": 16, "BLOCK_N": 128, "ROWS": 8, "num_warps": 4}
     names = add_tiles.arg_names
     source = GluonASTSource(
         fn=add_tiles,

@@ -78,7 +78,7 @@ def _warp_specialized(
 
 
 _BLOCK_N = 128  # columns of a tile
-_ROWS = 16  # of a tile that a program adds up
+_ROWS = 8  # of a tile that a program adds up
 _EXPERTS = 128  # at least: as many as threads look them up
 
 
