@@ -11,10 +11,12 @@ from torch import nn
 
 import ao_core as ao
 from ao_autoquant import explore, sensitivity
+from ao_autoquant import gradients as of_outputs
+from ao_autoquant.gradients import gradients, segments, squares_of
 from ao_autoquant.logits import counted, divergence, logits_of, next_token_nll
 from ao_autoquant.profile import profile
 from ao_autoquant.search import Budget
-from ao_autoquant.sensitivity import FromGradients, exchanged, gradients
+from ao_autoquant.sensitivity import FromGradients, exchanged
 
 SCHEMES = ["int8-dynamic", "uint4"]
 
@@ -64,7 +66,7 @@ def test_gradients_against_autograd(classifier):
     assert all(bool((p.grad == 1).all()) and p.requires_grad for p in model.parameters())
     draw = torch.Generator().manual_seed(0)
     for number, rows in enumerate((x[:5], x[5:7])):
-        for turn in range(sensitivity.DRAWS):
+        for turn in range(of_outputs.DRAWS):
             labels = torch.multinomial(model(rows).softmax(-1), 1, generator=draw)[:, 0]
             model.zero_grad()
             nn.functional.cross_entropy(model(rows), labels, reduction="sum").backward()
@@ -122,15 +124,53 @@ def test_rows_of_a_sequence_are_not_taken_as_independent(monkeypatch):
     weight = seen["value"].layer.quantize(ao.parse_scheme("uint4"))
     truth = sensitivity.Divergence(model, seen, [x]).increase("value", weight)
     assert FromGradients(model, seen, [x]).increase("value", weight) == pytest.approx(truth, rel=0.4)
-    monkeypatch.setattr(sensitivity, "SEGMENT", 1)
+    monkeypatch.setattr(of_outputs, "SEGMENT", 1)
+    monkeypatch.setattr(sensitivity, "FEW", 0)
     assert FromGradients(model, seen, [x]).increase("value", weight) < truth / 3
+
+
+def test_with_few_stretches_the_mean_over_rounding_errors_counts(monkeypatch):
+    """What errors of the same sizes cost on average, whichever way each of them was rounded."""
+    torch.manual_seed(0)
+    model, x = Averaging().eval(), torch.randn(6, 200, 16) + 1.0
+    seen = profile(model, x).seen
+    layer, quantized = seen["value"].layer, seen["value"].layer.quantize(ao.parse_scheme("uint4"))
+    few = FromGradients(model, seen, [x]).increase("value", quantized)
+    change = (quantized.dequantize() - layer.weight).detach()
+    signs = torch.randint(0, 2, (400, *change.shape), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    by_sums = FromGradients(model, seen, [x])
+    each = torch.tensor([by_sums.increase("value", layer.weight.detach() + s * change) for s in signs])
+    assert few == pytest.approx(float(each.mean()), rel=4 * float(each.std()) / float(each.mean()) / 20)
+    assert float(each.std()) > few / 4  # what a single one is worth
+    monkeypatch.setattr(sensitivity, "FEW", 0)
+    alone = FromGradients(model, seen, [x]).increase("value", quantized)
+    assert alone != pytest.approx(few, rel=0.01)
+    dynamic = layer.quantize(ao.parse_scheme("int8-dynamic"))
+    monkeypatch.setattr(sensitivity, "FEW", 256)
+    weights = FromGradients(model, seen, [x]).increase(
+        "value", layer.quantize(ao.parse_scheme("int8-weight-only"))
+    )
+    assert FromGradients(model, seen, [x]).increase("value", dynamic) > 1.01 * weights  # activations, on top
+
+
+def test_squares_against_float64():
+    generator = torch.Generator().manual_seed(0)
+    x, g = (torch.randn(3, 7, size, generator=generator) for size in (5, 4))
+    expected = torch.zeros(4, 5, dtype=torch.float64)
+    for example in range(3):
+        for rows in (slice(0, 3), slice(3, 6), slice(6, 7)):
+            expected += (g[example, rows].double().t() @ x[example, rows].double()) ** 2
+    torch.testing.assert_close(squares_of(x, g, 3).double(), expected, rtol=1e-5, atol=1e-6)
+    ones = squares_of(x[0], g[0], 1).double()
+    torch.testing.assert_close(ones, (g[0].double() ** 2).t() @ x[0].double() ** 2, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(squares_of(x[0, 0], g[0, 0], 1), (g[0, 0].outer(x[0, 0])) ** 2)
 
 
 def test_segments_are_sums_of_neighbours():
     rows = torch.arange(10.0).view(2, 5)
-    assert sensitivity.segments(rows, 2).tolist() == [[1, 5, 4], [11, 15, 9]]
-    assert torch.equal(sensitivity.segments(rows, 1), rows)
-    assert sensitivity.segments(rows, 128).tolist() == [[10], [35]]
+    assert segments(rows, 2).tolist() == [[1, 5, 4], [11, 15, 9]]
+    assert torch.equal(segments(rows, 1), rows)
+    assert segments(rows, 128).tolist() == [[10], [35]]
 
 
 def test_layers_in_groups_are_as_all_at_once(classifier, monkeypatch):
@@ -159,7 +199,7 @@ def test_nats_are_kept_and_depend_on_the_whole_model(classifier):
     second = explore(model, x[:64], **options)
     assert second.measured == 0 and second.options == first.options
     with torch.no_grad():
-        model[4].bias += 1.0  # a bias elsewhere, which no layer's own weight or sample shows
+        model[4].bias[0] += 1.0  # a bias elsewhere, which no layer's own weight or sample shows
     third = explore(model, x[:64], **options)
     assert third.measured == 3
     assert third.options["0"]["uint4"].error != first.options["0"]["uint4"].error

@@ -45,6 +45,8 @@ UNIFORM = (
     "int4-weight-only:group_size=32",
     "int4-weight-only:group_size=64,zero_point=integer",
     "nf4",
+    "nf4:block_size=128",
+    "nf4:block_size=256",
     "uint4",
 )
 

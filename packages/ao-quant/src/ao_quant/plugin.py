@@ -75,9 +75,15 @@ def ao_register_algorithms() -> list[Any]:
 
 @hookimpl
 def ao_propose_schemes(fqn: str, weight: torch.Tensor, sample: torch.Tensor | None) -> list[Any]:
-    """Group sizes of the 4-bit schemes beside their defaults, and an int8 that keeps groups apart."""
+    """Group sizes of the 4-bit schemes beside their defaults, and an int8 that keeps groups apart.
+
+    A few bits more or less leave room for plans: what coarse blocks of ``nf4`` save pays for eight bits where
+    they count.
+    """
     from ao_quant.int4 import Int4WeightOnly, Int8DynamicInt4Weight
     from ao_quant.int8 import Int8WeightOnly
+    from ao_quant.nf4 import Nf4
 
     finer = [Int4WeightOnly(group_size=32), Int4WeightOnly(group_size=64)]
-    return [*finer, Int8DynamicInt4Weight(group_size=128), Int8WeightOnly(group_size=32)]
+    coarser = [Nf4(block_size=128), Nf4(block_size=256), Int8DynamicInt4Weight(group_size=128)]
+    return [*finer, *coarser, Int8WeightOnly(group_size=32)]

@@ -18,6 +18,7 @@ from ao_core.calibrate.inputs import BlockInputs, RestInputs, Stream, WholeInput
 from ao_core.calibrate.placement import Journal, Placement
 from ao_core.calibrate.resume import Resume
 from ao_core.calibrate.stage import Inputs, Stage
+from ao_core.causal import evaluating
 from ao_core.layers import Layer
 from ao_core.progress import reporting
 from ao_core.scheme import Scheme
@@ -266,13 +267,10 @@ def _owners(model: nn.Module) -> dict[int, list[str]]:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode inside, without the fused attention blocks of torch, which call none of their linears."""
-    modes = {module: module.training for module in model.modules()}
     fast = torch.backends.mha.get_fastpath_enabled()
-    model.eval()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-        for module, training in modes.items():
-            module.training = training
+    with evaluating(model):
+        torch.backends.mha.set_fastpath_enabled(False)
+        try:
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(fast)
