@@ -6,10 +6,6 @@ work on 64 columns of K, the warps decode the next 64, and while one group waits
 runs. Two more warps fetch activations and codes by the copy engine, into rings of slots: a slot is filled
 once its ``full`` barrier has counted the bytes, and free again once both groups have arrived at ``empty``.
 
-A thread of the operand holds, of each row, every fourth byte of two codes, or of each eight bytes two. It
-reads whole words instead, as do the three beside it, at no cost, and picks its byte from each: no order of
-columns has to be changed, neither of codes nor of activations.
-
 A program takes every so many pieces of the work, and its copies run ahead into the next: see
 :mod:`ao_kernels.device.pieces`.
 
@@ -28,11 +24,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ao_kernels.device.copy_engine import copy_tile
-from ao_kernels.device.decode import INT4, NF4, above
+from ao_kernels.device.decode import INT4, NF4
 from ao_kernels.device.levels import fill_levels, lane_copy
-from ao_kernels.device.picked import looked_up_levels, picked_bytes, picked_levels, picked_nibbles
-from ao_kernels.device.pieces import advance, end_of, part_of, pieces_of_experts, place
-from ao_kernels.device.scales import load_row_scales, scale_of
+from ao_kernels.device.operand import operand
+from ao_kernels.device.pieces import advance, end_of, first_expert, part_of, pieces_of_experts, place
+from ao_kernels.device.scales import load_row_scales
 
 STEP = gl.constexpr(64)
 """Columns of K that are multiplied at once: 128 bytes of activations, as far as the copy engine swizzles."""
@@ -46,12 +42,7 @@ def _fetch(
 ):  # fmt: skip
     """Copy, for each piece of the work, ``STEPS`` tiles of ``COLUMNS`` to a tile of K into a ring."""
     i = pieces * 0
-    expert = i
-    before = i
-    start = i
-    end = i + M
-    if EXPERTS:
-        end = end_of(expert, offsets_ptr, M, E)
+    expert, before, start, end = first_expert(pieces, offsets_ptr, M, E, EXPERTS)
     for at in range(gl.program_id(0), pieces, gl.num_programs(0)):
         tile, first, count = part_of(at, whole, all_tiles, CUT)
         if EXPERTS:
@@ -66,58 +57,6 @@ def _fetch(
             mbarrier.expect(full.index(slot), desc.block_type.nbytes)
             copy_tile(desc, [top, step * COLUMNS], full.index(slot), ring.index(slot))
             i += 1
-
-
-@gluon.jit
-def _spread(scales, LAYOUT: gl.constexpr):
-    """One of two or four scales ``[64, 2 or 4]`` for each of the eight parts of a step."""
-    if scales.shape[1] == 2:
-        twice = gl.join(scales, scales)
-        scales = gl.join(twice, twice).reshape([64, 8])
-    elif scales.shape[1] == 4:
-        scales = gl.join(scales, scales).reshape([64, 8])
-    EACH: gl.constexpr = scales.shape[1]
-    return scales if EACH == 1 else gl.convert_layout(scales, gl.SliceLayout(2, LAYOUT), assert_trivial=True)
-
-
-@gluon.jit
-def _operand(
-    words, raw, copy, WIDE: gl.constexpr, LAYOUT: gl.constexpr, TARGET: gl.constexpr,
-    KIND: gl.constexpr, ZERO: gl.constexpr, CODED: gl.constexpr, GROUP: gl.constexpr, DTYPE: gl.constexpr,
-    TABLE: gl.constexpr,
-):  # fmt: skip
-    """Words of codes ``[64, W]`` in shared memory as the left operand ``[64, 64]``.
-
-    Scaled, unless :func:`_multiply` does that at the end.
-    """
-    lane = gl.arange(0, 4, gl.SliceLayout(0, gl.SliceLayout(0, LAYOUT)))
-    lane = gl.expand_dims(gl.expand_dims(lane, 0), 0)
-    scale = _spread(scale_of(raw, CODED), LAYOUT)
-    SCALED: gl.constexpr = GROUP > 0 or CODED or (KIND == INT4 and ZERO == 1)
-    if not SCALED:
-        scale = gl.full_like(scale, 1.0)
-    scale = gl.expand_dims(scale, 2)
-    codes = words.load(WIDE)
-    if KIND == INT4:
-        middle = gl.full_like(scale, 8.0)
-        midpoint = gl.zeros_like(scale)
-        if ZERO == 1:
-            midpoint = gl.expand_dims(_spread(raw[1].to(gl.float32), LAYOUT), 2)
-        elif ZERO == 2:
-            middle = gl.expand_dims(_spread(raw[1].to(gl.float32), LAYOUT), 2)
-        less = (-above(DTYPE) - middle).to(DTYPE)
-        even, odd = picked_nibbles(gl.expand_dims(codes, 2), lane, less, scale, midpoint, DTYPE)
-    elif TABLE:
-        even, odd = looked_up_levels(gl.expand_dims(codes, 2), lane, scale, copy, DTYPE)
-    elif KIND == NF4:
-        even, odd = picked_levels(gl.expand_dims(codes, 2), lane, scale, DTYPE)
-    else:
-        PAIRS: gl.constexpr = gl.SliceLayout(2, LAYOUT)
-        first, second = gl.split(codes.reshape([64, words.shape[1] // 2, 2]))
-        first = gl.expand_dims(gl.convert_layout(first, PAIRS, assert_trivial=True), 2)
-        second = gl.expand_dims(gl.convert_layout(second, PAIRS, assert_trivial=True), 2)
-        even, odd = picked_bytes(first, second, lane, scale, KIND, DTYPE, SCALED)
-    return gl.convert_layout(gl.join(even, odd).reshape([64, 64]), TARGET, assert_trivial=True)
 
 
 @gluon.jit
@@ -170,12 +109,7 @@ def _multiply(
         part_of_step = part_of_step + each * (BYTES // EACH)
     copy = lane_copy(table, 32) if TABLE else table
     done = pieces * 0
-    expert = done
-    before = done
-    start = done
-    end = done + M
-    if EXPERTS:
-        end = end_of(expert, offsets_ptr, M, E)
+    expert, before, start, end = first_expert(pieces, offsets_ptr, M, E, EXPERTS)
     for at in range(gl.program_id(0), pieces, gl.num_programs(0)):
         tile_at, first, tiles = part_of(at, whole, all_tiles, CUT)
         if EXPERTS:
@@ -192,7 +126,7 @@ def _multiply(
         )  # fmt: skip
         mbarrier.wait(codes_full.index(done % CODES_RING), done // CODES_RING & 1)
         words = codes.index(done % CODES_RING).slice(START, 64).slice(0, WORDS, dim=1)
-        w = _operand(words, raw, copy, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE, TABLE)
+        w = operand(words, raw, copy, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE, TABLE)
         if GROUP > 0:
             raw = load_row_scales(
                 scale_ptr, zero_ptr, offset_ptr, step_ptr, rows, within + BYTES, groups, scalers, scaler_size,
@@ -213,7 +147,7 @@ def _multiply(
                     mbarrier.wait(codes_full.index(source % CODES_RING), source // CODES_RING & 1)
                 words = codes.index(source % CODES_RING).slice(START, 64)
                 words = words.slice((part + 1) % STEPS * WORDS, WORDS, dim=1)
-                following = _operand(
+                following = operand(
                     words, raw, copy, WIDE, LAYOUT, TARGET, KIND, ZERO, CODED, GROUP, DTYPE, TABLE
                 )
                 if GROUP > 0 and (not LASTING or (part + 2) * BYTES % min(GROUP, 128) == 0):

@@ -47,6 +47,16 @@ def end_of(expert, offsets_ptr, M, E):
 
 
 @gluon.jit
+def first_expert(zero, offsets_ptr, M, E, EXPERTS: gl.constexpr):
+    """What :func:`advance` goes on from; without experts, all rows. ``zero``: any integer."""
+    none = zero * 0
+    end = none + M
+    if EXPERTS:
+        end = end_of(none, offsets_ptr, M, E)
+    return none, none, none, end
+
+
+@gluon.jit
 def advance(
     at, expert, before, start, end, offsets_ptr, M, N, E, BLOCK_M: gl.constexpr, BLOCK_N: gl.constexpr
 ):
