@@ -144,6 +144,15 @@ def test_on_hopper_a_tile_holds_the_rows_of_most_experts(kind):
     assert experts_config(kind, 8192, 8).block_m == 256
 
 
+def test_tiles_of_few_rows_hold_twice_the_mean_where_rows_are_routed(device):
+    stack_, experts = stacked(stack("int4", 8, 16, 64, device)[0])
+    offsets = torch.full((8,), 16, dtype=torch.int32, device=device)
+    for rows, routed, alike in ((8, 1, 1), (16, 4, 2), (32, 8, 4)):
+        x = torch.zeros(rows, 64, dtype=torch.bfloat16, device=device)
+        assert experts_linear._config(x, offsets, stack_, experts).block_m == routed
+        assert experts_linear._config(x, None, stack_, experts).block_m == alike
+
+
 def test_one_launch_serves_all_experts_and_no_stack_is_decoded(device, monkeypatch):
     launched = []
 

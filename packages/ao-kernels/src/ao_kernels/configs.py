@@ -103,6 +103,11 @@ _INT4_FINE: _Table = (
     (8, Few(2, 64, 8, 2, 16, 4), Few(4, 32, 8, 2, 16, 4)),
     (16, Few(2, 64, 16, 2, 16, 4), Few(4, 16, 16, 4, 16, 4)),
 )
+_INT4_FINE_HOPPER: _Table = (
+    *_INT4_FINE[:3],
+    (8, Few(2, 64, 8, 2, 16, 4), Registers(16, 8, 3, 1, 4)),
+    (16, Registers(16, 8, 3, 1, 1), Registers(16, 8, 3, 1, 4)),
+)
 _NF4: _Table = (
     (1, Few(8, 16, 1, 4, 32, 5), Few(8, 16, 1, 4, 32, 5)),
     (2, Few(4, 16, 2, 2, 32, 4), Few(4, 16, 2, 2, 32, 4)),
@@ -207,18 +212,12 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
             ),
             (1024, Registers(256, 5, 2, 4, 2), Registers(256, 5, 2, 1, 1)),
             (1152, Decoded(), Decoded()),
-            (2048, Registers(256, 5, 2, 4, 2), Decoded()),
+            (1792, Registers(256, 5, 2, 4, 2), Decoded()),
+            (2048, Registers(256, 5, 2, 4, 2), Registers(256, 5, 2, 4, 1)),
         ),
     ),
 }
 _HOPPER["float8"] = _HOPPER["int8"]
-
-
-_INT4_FINE_HOPPER: _Table = (
-    *_INT4_FINE[:3],
-    (8, Few(2, 64, 8, 2, 16, 4), Registers(16, 8, 3, 1, 4)),
-    (16, Registers(16, 8, 3, 1, 1), Registers(16, 8, 3, 1, 4)),
-)
 
 
 def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False, *, fine: bool = False) -> Config:
