@@ -97,9 +97,7 @@ def gradients(
                 loss = F.cross_entropy(rows, labels, reduction="sum")
                 torch.autograd.grad(loss, calls.leaves, allow_unused=True, retain_graph=True)
             for name, pairs in calls.pairs.items():
-                for (
-                    pair
-                ) in pairs:  # rows of a matrix are examples, unless the logits say that they are tokens
+                for pair in pairs:  # rows of a matrix are examples, unless the logits are of tokens
                     tokens = logits.ndim > 2 or any(g.ndim > 2 for g in pair.gradients)
                     pair.segment = SEGMENT if tokens else 1
                 found[name] += [pair for pair in pairs if pair.gradients]

@@ -47,8 +47,8 @@ Measure = Literal["output", "loss", "kl"]
 ROWS = {"loss": 2048, "kl": 512}
 """Rows of logits that are looked at, at most, unless the first batch alone has more."""
 FEW = 256
-"""Stretches; from so many on, the sums for a weight's own errors are the better estimate."""
-_ROUNDING = 0.05  # of an output's error: more of it than that is quantized activations, not the weight
+"""Stretches; so many sums for a weight's own errors scatter by less than a tenth, and count themselves."""
+_ROUNDING = 0.05  # of an output's error: what is left beside the weight's, of float32 sums alone
 _HELD_BYTES = 1 << 30  # of inputs and gradients at once; further layers take a pass of their own
 
 
@@ -168,7 +168,7 @@ class FromGradients:
             if change is not None:
                 size = off.norm()
                 off -= F.linear(pair.call.args[0].float(), change)
-                if off.norm() <= _ROUNDING * size:
+                if off.norm() <= _ROUNDING * size:  # the activations were left alone, here as in every call
                     break
             for g in pair.gradients:
                 rows = (g.float() * off).sum(-1).double()  # [..., t]
