@@ -18,7 +18,7 @@ import torch.nn.functional as F
 import ao_core as ao
 
 SHAPES = ((4096, 4096), (14336, 4096), (4096, 14336))  # (N, K)
-ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 4096)
+ROWS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 SCHEMES = (
     "int8-weight-only",
     "int8-dynamic",

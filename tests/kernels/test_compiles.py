@@ -185,6 +185,7 @@ def compile_hopper() -> int:
     from ao_kernels.device import decode
     from ao_kernels.device.from_registers import from_registers
     from ao_kernels.device.pieces import add_tiles
+    from ao_kernels.device.warp_parts import warp_parts
     from ao_kernels.device.warp_specialized import warp_specialized
 
     done = 0
@@ -238,6 +239,14 @@ def compile_hopper() -> int:
             table = weight[0] == "NF4"
             build(from_registers, weight, {**slots, "CUT": 3, "TABLE": table}, 4, descriptors)
             build(from_registers, weight, {**slots, "EXPERTS": 128, "TABLE": table}, 4, descriptors)
+    for weight, (parts, columns, rows) in itertools.product(WEIGHTS, [(4, 64, 16), (8, 16, 32)]):
+        size = min(64, weight[3] or 64)
+        slot = parts * size * (2 if weight[0] in ("INT4", "NF4") else 1)
+        descriptors = (
+            tiles(rows, slot, gl.bfloat16, "bf16"), tiles(columns, parts * size // 4, gl.int32, "i32")
+        )  # fmt: skip
+        slots = {"PARTS": parts, "BLOCK_N": columns, "BLOCK_M": rows, "BYTES": size, "RING": 3}
+        build(warp_parts, weight, {**slots, "LONG": rows == 32}, parts, descriptors)
     adding = {"parts_ptr": "*fp32", "bias_ptr": "*bf16", "out_ptr": "*bf16"}
     sizes = {"CUT": 4, "BIAS": True, "BLOCK_M": 16, "BLOCK_N": 128, "ROWS": 8, "num_warps": 4}
     names = add_tiles.arg_names

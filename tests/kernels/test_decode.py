@@ -171,3 +171,35 @@ def test_levels_in_shared_memory(warps, copies, name):
         for byte, register in enumerate(("$0", "$2", "$1", "$3")):
             code = word >> 8 * byte & 255
             assert np.array_equal(found[register], expected[code & 15] | expected[code >> 4] << 16)
+
+
+WORDS = np.random.default_rng(0).integers(0, 2**32, 4096, dtype=np.int64)
+
+
+@pytest.fixture
+def whole_words():
+    return pytest.importorskip("ao_kernels.device.words", reason="a Triton without Gluon")
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_all_nibbles_of_a_word(name, whole_words):
+    dtype = DTYPES[name]
+    integers = bits(torch.arange(16) + (128 if dtype == torch.bfloat16 else 1024), dtype)
+    shared = np.full(256 + 256 * 32, -1)
+    table = {"%tid.x": np.arange(32), "table": np.int64(1024)}
+    run(levels.FILLING.value[100 * 32 + 2 + (name == "FLOAT16")], table, shared)
+    plain = run(getattr(whole_words, f"_NIBBLES_{name}").value, {"$8": WORDS})
+    looked_up = run(whole_words._LOOKED_UP.value, {"$8": WORDS, "$9": np.int64(1024 + 4 * 7)}, shared)
+    for place in range(8):
+        code = WORDS >> 4 * place & 15
+        assert np.array_equal(plain[f"${place}"], integers[code])
+        assert np.array_equal(looked_up[f"${place}"], bits(torch.tensor(NF4_LEVELS), dtype)[code])
+
+
+@pytest.mark.parametrize("name", DTYPES)
+@pytest.mark.parametrize(("kind", "of_byte"), [("INTEGERS", "INTEGERS"), ("FLOAT8", "E4M3")])
+def test_all_bytes_of_a_word(kind, of_byte, name, whole_words):
+    found = run(getattr(whole_words, f"_{kind}_{name}").value, {"$4": WORDS})
+    for place in range(4):
+        expected = bytes_as(of_byte, DTYPES[name])[WORDS >> 8 * place & 255]
+        assert np.array_equal(found[f"${place}"], expected)

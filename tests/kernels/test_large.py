@@ -8,7 +8,7 @@ import torch
 import ao_core as ao
 from ao_core.numerics import affine
 from ao_kernels import experts_linear, int4_linear, int8_mm, nf4_linear
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Parts, Registers, Specialized
 from ao_kernels.rows import rounded_tokens
 from ao_kernels.support import hopper
 from ao_kernels.weight_linear import Codes, weight_linear
@@ -68,9 +68,10 @@ CONFIGS = [
     Many(64, 128, 4, 64, 3, 1),
     Specialized(128, 128, 64, 3, 2, 1, 1),
     Registers(128, 6, 3, 1, 1),
+    Parts(4, 32, 32, 64, 3),
     Decoded(),
 ]
-OF_HOPPER = (Specialized, Registers)
+OF_HOPPER = (Specialized, Registers, Parts)
 
 
 def last(tensor, rows=3):

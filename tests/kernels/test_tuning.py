@@ -13,7 +13,7 @@ import torch
 
 from ao_core import AoError
 from ao_kernels import tiles, trials, tuning, weight_linear
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Parts, Registers, Specialized, weight_config
 from ao_kernels.tiles import Cell
 
 CELL = Cell("int4", 33, 96, "bfloat16", 4)
@@ -41,6 +41,7 @@ def find(device, rows=4, n=33, dtype=torch.bfloat16):
         Many(64, 32, 4, 32, 3, 2),
         Specialized(64, 128, 64, 4, 2, 1, 4),
         Registers(64, 8, 3, 1, 4),
+        Parts(4, 64, 16, 64, 2),
         Decoded(8),
         Gemm("pointers", 16, 32, 64, 4, 3, 0, 1),
     ],
@@ -171,6 +172,13 @@ def test_candidates_are_few_and_begin_with_the_table(kind, rows, on_hopper):
         staged = 4 * 64 * min(each.block_m, 64)
         assert each.ring >= 4
         assert 128 * each.ring * each.block_m + each.codes_ring * 128 * 128 + staged < MOST_SHARED
+    of_parts = [each for each in found if isinstance(each, Parts)]
+    assert bool(of_parts) == (on_hopper and rows == 16 and kind != "int8-dynamic")
+    for each in of_parts:
+        columns = each.bytes * (2 if kind in ("int4", "nf4") else 1)
+        slots = each.ring * each.parts * (each.bytes * each.block_n + 2 * columns * each.block_m)
+        tables = 2 * 32 * 8 * each.block_n + (32 * 1024 if kind == "nf4" else 0)
+        assert slots + tables < MOST_SHARED
 
 
 def test_results_that_differ_from_call_to_call_exclude_tiles():

@@ -10,7 +10,7 @@ import ao_core as ao
 from ao_core.numerics import pack
 from ao_core.testing.kernels import poisoned_memory
 from ao_kernels import int8_mm
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Parts, Registers, Specialized, weight_config
 from ao_kernels.support import hopper
 from ao_kernels.weight_linear import Codes, dequantized, rows_of, weight_linear
 
@@ -54,6 +54,11 @@ OF_HOPPER = (
     Registers(256, 5, 2, 4, 1),
     Registers(64, 8, 3, 1, 2, table=True),
     Registers(256, 4, 2, 1, 2, table=True),
+    Parts(4, 64, 16, 64, 2),
+    Parts(8, 32, 16, 64, 3),
+    Parts(8, 16, 16, 128, 2),
+    Parts(4, 32, 32, 32, 4),
+    Parts(8, 32, 32, 64, 2),
 )
 
 
@@ -95,6 +100,29 @@ def test_fine_groups_take_tiles_of_their_own(group_size, device):
             assert ao.sqnr(x.double() @ floats.t(), found.cpu()) > LEAST[torch.bfloat16], (m, n, k)
 
 
+@pytest.mark.parametrize("kind", ["int8", "float8"])
+def test_bytes_in_fine_groups_take_tiles_of_their_own(kind, device):
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(-100, 100, (33, 192), generator=generator).to(torch.int8)
+    stored = values if kind == "int8" else values.float().to(torch.float8_e4m3fn)
+    scale = torch.rand(33, 6, generator=generator) / 10 + 0.01
+    weight = Codes(kind, stored.to(device), scale.to(device), 32)
+    coarse = Codes(kind, stored, scale[:, :3], 64)
+    assert weight.fine and not coarse.fine and not Codes(kind, stored, scale[:, :1]).fine
+    x = torch.randn(1, 192, generator=generator).bfloat16()
+    for narrow in (False, True):
+        tiles = weight_config(kind, 1, 4096 if narrow else 14336, 4096, fine=True)
+        assert isinstance(tiles, Few) and tiles.bytes == 32
+        with poisoned_memory():
+            found = weight_linear(x.to(device), weight, None, tiles)
+        floats = stored.double() * scale.double().repeat_interleave(32, 1)
+        assert ao.sqnr(x.double() @ floats.t(), found.cpu()) > LEAST[torch.bfloat16]
+    assert all(
+        isinstance(weight_config(kind, m, 4096, 4096, hopper=True, fine=True), Parts) for m in (2, 8, 32)
+    )
+    assert weight_config(kind, 2, 4096, 4096, fine=True) == weight_config(kind, 2, 4096, 4096)
+
+
 def test_tiles_of_the_last_round_are_cut_where_half_of_the_device_would_be_idle():
     hopper_linear = pytest.importorskip("ao_kernels.hopper_linear", reason="a Triton without Gluon")
     for tiles, tiles_k, most, parts, whole in (
@@ -111,15 +139,20 @@ def test_what_the_copy_engine_cannot_read_goes_another_way(kind, device):
     for m, n, k in ((40, 33, 97), (17, 20, 72)):  # rows of codes do not start at multiples of 16 bytes
         weight, values = codes(kind, n, k, device)
         x = torch.randn(m, k, generator=torch.Generator().manual_seed(m)).half()
-        for config in (Specialized(64, 128, 64, 3, 2, 1, 1), Registers(64, 8, 3, 1, 1)):
+        for config in (
+            Specialized(64, 128, 64, 3, 2, 1, 1),
+            Registers(64, 8, 3, 1, 1),
+            Parts(4, 64, 16, 64, 2),
+        ):
             found = weight_linear(x.to(device), weight, None, config)
             assert ao.sqnr(x.double() @ values.t(), found.cpu()) > LEAST[torch.float16]
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "float8"])
 def test_hopper_has_tiles_of_its_own_from_some_rows_on(kind):
-    own = (Specialized, Registers)
+    own = (Specialized, Registers, Parts)
     for n in (4096, 14336):
+        assert all(isinstance(weight_config(kind, m, n, 4096, hopper=True), Parts) for m in (9, 16, 32))
         assert all(isinstance(weight_config(kind, m, n, 4096, hopper=True), own) for m in (64, 128, 256, 512))
         assert isinstance(weight_config(kind, 1, n, 64, hopper=True), Few)
         assert not any(isinstance(weight_config(kind, m, n, 4096), own) for m in (1, 16, 64, 512, 4096))

@@ -68,13 +68,27 @@ class Registers:
 
 
 @dataclass(frozen=True)
+class Parts:
+    """Tiles of :func:`ao_kernels.device.warp_parts.warp_parts`.
+
+    ``parts`` of K, a warp each, of ``bytes`` of codes at most.
+    """
+
+    parts: int
+    block_n: int
+    block_m: int
+    bytes: int
+    ring: int
+
+
+@dataclass(frozen=True)
 class Decoded:
     """The weight is written out in floats, ``megabytes`` at a time, and multiplied by cuBLAS."""
 
     megabytes: int = 256
 
 
-Config = Few | Many | Specialized | Registers | Decoded
+Config = Few | Many | Specialized | Registers | Parts | Decoded
 
 # Up to so many rows: tiles for wide outputs, where a tile a program fills the device, and for narrow ones;
 # these may be two: of a deep weight, and of a shallow one.
@@ -95,7 +109,7 @@ _INT4: _Table = (
     (128, Many(128, 128, 8, 32, 3, 2), Many(64, 128, 4, 32, 3, 4)),
     (256, Many(64, 256, 4, 32, 3, 1), Many(64, 256, 4, 32, 3, 4)),
 )
-# Where groups are of 32 columns, or of any number that is no multiple of 64: for few rows.
+# Where groups are of 32 columns, or of any number that is no multiple of 64: for few rows, on Hopper or not.
 _INT4_FINE: _Table = (
     (1, Few(8, 32, 1, 2, 16, 4), Few(16, 16, 1, 2, 16, 4)),
     (2, Few(4, 32, 2, 2, 16, 4), Few(8, 16, 2, 2, 16, 4)),
@@ -105,8 +119,9 @@ _INT4_FINE: _Table = (
 )
 _INT4_FINE_HOPPER: _Table = (
     *_INT4_FINE[:3],
-    (8, Few(2, 64, 8, 2, 16, 4), Registers(16, 8, 3, 1, 4)),
-    (16, Registers(16, 8, 3, 1, 1), Registers(16, 8, 3, 1, 4)),
+    (8, Few(2, 64, 8, 2, 16, 4), Parts(8, 32, 16, 64, 4)),
+    (16, Parts(8, 64, 16, 64, 2), Parts(8, 32, 16, 64, 4)),
+    (32, Registers(32, 8, 3, 1, 1), Parts(8, 32, 32, 64, 2)),
 )
 _NF4: _Table = (
     (1, Few(8, 16, 1, 4, 32, 5), Few(8, 16, 1, 4, 32, 5)),
@@ -129,15 +144,28 @@ _BYTES: _Table = (
     (128, Many(64, 128, 4, 128, 3, 1), Many(64, 128, 4, 128, 3, 4)),
     (512, Many(64, 256, 4, 64, 3, 1), Many(64, 256, 4, 64, 3, 2)),
 )
+_BYTES_FINE: _Table = ((1, Few(8, 16, 1, 4, 32, 4), Few(16, 8, 1, 2, 32, 4)),)
+_BYTES_FINE_HOPPER: _Table = (
+    *_BYTES_FINE,
+    (8, Parts(8, 64, 16, 64, 2), Parts(8, 32, 16, 64, 3)),
+    (16, Parts(8, 64, 16, 64, 3), Parts(8, 32, 16, 64, 3)),
+    (32, Parts(4, 64, 32, 64, 3), Parts(8, 32, 32, 64, 3)),
+)
+_FINE = {
+    "int4": (_INT4_FINE, _INT4_FINE_HOPPER),
+    "int8": (_BYTES_FINE, _BYTES_FINE_HOPPER),
+    "float8": (_BYTES_FINE, _BYTES_FINE_HOPPER),
+}
 _TABLES = {"int4": _INT4, "nf4": _NF4, "int8": _BYTES, "float8": _BYTES}
 
 # On Hopper, from so many rows on, up to so many.
 _HOPPER: dict[str, tuple[int, _Table]] = {
     "int4": (
-        9,
+        5,
         (
-            (16, Few(1, 64, 16, 2, 64, 4), Registers(16, 8, 3, 1, 4)),
-            (32, Registers(32, 8, 3, 1, 1), Registers(32, 8, 3, 1, 4)),
+            (8, Few(2, 32, 8, 2, 64, 4), (Parts(8, 32, 16, 64, 3), Parts(4, 32, 16, 64, 3))),
+            (16, Parts(4, 64, 16, 64, 2), (Parts(8, 32, 16, 64, 3), Parts(4, 32, 16, 64, 3))),
+            (32, Parts(4, 64, 32, 64, 2), (Registers(32, 8, 3, 1, 4), Parts(4, 32, 32, 64, 3))),
             (
                 64,
                 Registers(64, 8, 3, 1, 1),
@@ -167,9 +195,13 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
             (1, Few(8, 16, 1, 4, 32, 4, copies=32), Few(8, 8, 1, 2, 32, 4, copies=32)),
             (2, Few(4, 32, 2, 2, 32, 4, copies=32), Few(4, 16, 2, 2, 32, 4, copies=32)),
             (4, Few(2, 32, 4, 2, 32, 5, copies=32), Few(4, 16, 4, 2, 32, 4)),
-            (8, Few(2, 32, 8, 2, 32, 4, copies=32), Few(4, 16, 8, 2, 32, 4)),
-            (16, Registers(16, 8, 3, 1, 1, table=True), Registers(16, 8, 3, 1, 4, table=True)),
-            (32, Registers(32, 8, 3, 1, 1, table=True), Registers(32, 8, 3, 1, 4, table=True)),
+            (8, Few(2, 32, 8, 2, 32, 4, copies=32), Parts(8, 32, 16, 64, 2)),
+            (16, Parts(8, 64, 16, 64, 2), (Parts(8, 32, 16, 64, 4), Parts(8, 32, 16, 64, 2))),
+            (
+                32,
+                Parts(4, 64, 32, 64, 2),
+                (Registers(32, 8, 3, 1, 4, table=True), Parts(8, 32, 32, 64, 2)),
+            ),
             (64, Registers(64, 8, 3, 1, 1, table=True), Registers(64, 8, 3, 1, 4, table=True)),
             (128, Registers(128, 6, 3, 1, 1, table=True), Registers(128, 6, 3, 1, 4, table=True)),
             (256, Registers(256, 4, 2, 1, 1, table=True), Registers(256, 4, 2, 1, 4, table=True)),
@@ -188,12 +220,8 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
     "int8": (
         9,
         (
-            (
-                16,
-                Few(1, 32, 16, 2, 128, 4),
-                (Registers(16, 8, 3, 1, 4), Few(2, 16, 16, 2, 128, 4)),
-            ),
-            (32, Registers(32, 8, 3, 1, 1), Many(64, 32, 4, 128, 3, 4)),
+            (16, Parts(4, 64, 16, 64, 3), Parts(8, 16, 16, 64, 4)),
+            (32, Parts(4, 64, 32, 64, 3), Parts(8, 32, 32, 64, 4)),
             (
                 64,
                 Registers(64, 8, 3, 1, 1),
@@ -228,12 +256,12 @@ def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False, *, fi
         m: rows.
         n: columns of the output.
         k: columns of the input.
-        hopper: whether :class:`Specialized` and :class:`Registers` can run.
+        hopper: whether the kernels that are Hopper's alone can run.
         fine: groups hold no multiple of 64 columns.
     """
     table = _TABLES[kind]
-    if kind == "int4" and fine and m <= _INT4_FINE[-1][0]:
-        table = _INT4_FINE_HOPPER if hopper else _INT4_FINE
+    if fine and kind in _FINE and m <= _FINE[kind][hopper][-1][0]:
+        table = _FINE[kind][hopper]
     elif hopper and m >= _HOPPER[kind][0]:
         table = _HOPPER[kind][1]
     for most, wide, narrow in table:

@@ -21,17 +21,18 @@ import torch
 from platformdirs import user_cache_path
 
 from ao_core import AoError
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized
+from ao_kernels.configs import Decoded, Few, Gemm, Many, Parts, Registers, Specialized
 
-Tiles = Few | Many | Specialized | Registers | Decoded | Gemm
+Tiles = Few | Many | Specialized | Registers | Parts | Decoded | Gemm
 
-KERNELS_VERSION = 5
+KERNELS_VERSION = 6
 """Of the kernels: tiles that were found for other kernels are not used."""
 
 MOST_ROWS = 8192
 _FORMAT = 1
 _CLASSES = {
-    "few": Few, "many": Many, "specialized": Specialized, "registers": Registers, "decoded": Decoded,
+    "few": Few, "many": Many, "specialized": Specialized, "registers": Registers, "parts": Parts,
+    "decoded": Decoded,
     "gemm": Gemm,
 }  # fmt: skip
 _SCHEMA = """

@@ -9,7 +9,17 @@ from dataclasses import dataclass, field
 import torch
 
 from ao_core import AoError
-from ao_kernels.configs import Decoded, Few, Gemm, Many, Registers, Specialized, int8_config, weight_config
+from ao_kernels.configs import (
+    Decoded,
+    Few,
+    Gemm,
+    Many,
+    Parts,
+    Registers,
+    Specialized,
+    int8_config,
+    weight_config,
+)
 from ao_kernels.support import hopper, of_a_warp
 from ao_kernels.tiles import Cell, Tiles
 from ao_kernels.trials import PACKED, Fault, Trials
@@ -65,9 +75,8 @@ def candidates(cell: Cell, on_hopper: bool = False) -> list[Tiles]:
 
 
 def _weight(cell: Cell, on_hopper: bool) -> Iterator[Tiles]:
-    if on_hopper and cell.rows >= 16:
-        yield from _registers(cell)
-        yield from _specialized(cell)
+    if on_hopper:
+        yield from _of_hopper(cell)
     sizes = {"int4": (64,), "nf4": (32,)}.get(cell.kind, (64, 128))
     m, tile_m = cell.rows, max(min(cell.rows, 128), 1)
     if m <= 32:
@@ -96,6 +105,14 @@ def _weight(cell: Cell, on_hopper: bool) -> Iterator[Tiles]:
         yield Decoded()
 
 
+def _of_hopper(cell: Cell) -> Iterator[Tiles]:
+    if cell.rows >= 16:
+        yield from _registers(cell)
+        yield from _specialized(cell)
+    if 4 < cell.rows <= 32:
+        yield from _parts(cell)
+
+
 def _registers(cell: Cell) -> Iterator[Tiles]:
     for block_m, codes_ring, split_k in itertools.product((16, 32, 64, 128, 256), (2, 3), (1, 2, 4)):
         programs = -(-cell.n // 128) * -(-cell.rows // block_m)
@@ -109,6 +126,16 @@ def _registers(cell: Cell) -> Iterator[Tiles]:
             ring = min(left // (2 * 64 * block_m), 8)
             for group_m in (1,) if cell.rows <= block_m else (1, 4):
                 yield Registers(block_m, ring, codes_ring, group_m, split_k, table)
+
+
+def _parts(cell: Cell) -> Iterator[Tiles]:
+    size = 32 if cell.kind == "nf4" else 64
+    block_m, each = 16 if cell.rows <= 16 else 32, 4 if cell.kind in PACKED else 2
+    for parts, block_n, ring in itertools.product((4, 8), (16, 32, 64), (2, 3, 4)):
+        shared = ring * parts * size * (block_n + each * block_m)
+        shared += 32 * 8 * block_n * 2 + (_TABLE if cell.kind == "nf4" else 0)
+        if shared <= _MOST_SHARED:
+            yield Parts(parts, block_n, block_m, size, ring)
 
 
 def _specialized(cell: Cell) -> Iterator[Tiles]:

@@ -14,7 +14,7 @@ import triton.language as tl
 
 from ao_core.triton_support import interpreting
 from ao_kernels import tiles
-from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Registers, Specialized, weight_config
+from ao_kernels.configs import Config, Decoded, Few, Gemm, Many, Parts, Registers, Specialized, weight_config
 from ao_kernels.device import decode
 from ao_kernels.device.assembly import NF4_LEVELS
 from ao_kernels.device.dequantize import dequantize
@@ -66,7 +66,7 @@ class Codes:
     @property
     def fine(self) -> bool:
         """Whether groups hold no multiple of 64 columns: tiles of few rows are narrow then."""
-        return self.packed and self.group_bytes % 32 != 0
+        return self.group_bytes % (32 if self.packed else 64) != 0
 
     def tile_bytes(self, most: int) -> int:
         """Bytes of a row to a tile: a power of two up to ``most`` that divides a group."""
@@ -133,7 +133,7 @@ def weight_linear(
                 _few(rows, weight, added, out, config)
             elif isinstance(config, Many):
                 _many(rows, weight, added, out, config)
-            elif isinstance(config, (Specialized, Registers)):
+            elif isinstance(config, (Specialized, Registers, Parts)):
                 from ao_kernels.hopper_linear import launch  # Gluon is imported where it is needed
 
                 launch(rows, weight, added, out, config)
@@ -152,19 +152,28 @@ def _config(weight: Codes, rows: torch.Tensor) -> Config:
 
 
 _MOST_PROGRAMS = 65535  # on an axis of the grid but the first
+_LEAST_BYTES = 16  # of a part of K: a word to each of four lanes
 _MOST_SCALES = 2**31  # that 32 bits count
 
 
 def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
     """``config``, or another where the copy engine can't read operands, or a grid can't hold the tiles."""
-    if isinstance(config, (Specialized, Registers)):
-        if readable(rows, weight, words=isinstance(config, Registers)) and hopper(rows.device):
+    if isinstance(config, (Specialized, Registers, Parts)):
+        readable_words = readable(rows, weight, words=not isinstance(config, Specialized))
+        if readable_words and _fits(config, weight, rows) and hopper(rows.device):
             return config
         n, k = weight.codes.shape[0], rows.shape[1]
         config = weight_config(weight.kind, rows.shape[0], n, k, fine=weight.fine)
     if isinstance(config, (Few, Many)) and triton.cdiv(rows.shape[0], config.block_m) > _MOST_PROGRAMS:
         return Decoded()
     return config
+
+
+def _fits(config: Config, weight: Codes, rows: torch.Tensor) -> bool:
+    if not isinstance(config, Parts):
+        return True
+    few_enough = triton.cdiv(rows.shape[0], config.block_m) <= _MOST_PROGRAMS
+    return few_enough and weight.tile_bytes(config.bytes) >= _LEAST_BYTES
 
 
 def readable(x: torch.Tensor, weight: Codes, *, words: bool) -> bool:
