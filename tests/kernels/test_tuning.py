@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import sqlite3
@@ -174,11 +175,25 @@ def test_candidates_are_few_and_begin_with_the_table(kind, rows, on_hopper):
         assert 128 * each.ring * each.block_m + each.codes_ring * 128 * 128 + staged < MOST_SHARED
     of_parts = [each for each in found if isinstance(each, Parts)]
     assert bool(of_parts) == (on_hopper and rows == 16 and kind != "int8-dynamic")
+    assert all(shared_of_parts(kind, each) < MOST_SHARED for each in of_parts)
+
+
+def shared_of_parts(kind, tiles):
+    """At most: scales twice, two numbers each with int4, and the table of NF4 levels."""
+    columns = tiles.bytes * (2 if kind in ("int4", "nf4") else 1)
+    slots = tiles.ring * tiles.parts * (tiles.bytes * tiles.block_n + 2 * columns * tiles.block_m)
+    scales = 2 * 32 * tiles.block_n * (8 if kind == "int4" else 4)
+    return slots + scales + (32 * 1024 if kind == "nf4" else 0) + 1024
+
+
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "float8"])
+def test_the_table_fits_the_shared_memory(kind):
+    cells = itertools.product(range(1, 200), (16, 1024, 2048, 4096, 9999), (64, 9999), (False, True))
+    every = {weight_config(kind, m, n, k, hopper=True, fine=fine) for m, n, k, fine in cells}
+    of_parts = [each for each in every if isinstance(each, Parts)]
+    assert len(of_parts) > 4
     for each in of_parts:
-        columns = each.bytes * (2 if kind in ("int4", "nf4") else 1)
-        slots = each.ring * each.parts * (each.bytes * each.block_n + 2 * columns * each.block_m)
-        tables = 2 * 32 * 8 * each.block_n + (32 * 1024 if kind == "nf4" else 0)
-        assert slots + tables < MOST_SHARED
+        assert shared_of_parts(kind, each) < MOST_SHARED, each
 
 
 def test_results_that_differ_from_call_to_call_exclude_tiles():

@@ -162,6 +162,18 @@ def test_hopper_has_tiles_of_its_own_from_some_rows_on(kind):
     assert deep != shallow
 
 
+@pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "float8"])
+def test_small_outputs_on_hopper_take_a_program_to_a_multiprocessor(kind):
+    for m, n in ((5, 1), (16, 1024), (17, 576), (32, 2048), (64, 1024), (64, 2048), (100, 1000), (128, 1024)):
+        for fine in (False, True):
+            tiles = weight_config(kind, m, n, 4096, hopper=True, fine=fine)
+            assert isinstance(tiles, Parts)
+            assert -(-m // tiles.block_m) * -(-n // tiles.block_n) <= 128
+    for m, n in ((4, 1024), (128, 2048), (129, 1024), (64, 4096)):
+        assert weight_config(kind, m, n, 4096, hopper=True) == weight_config(kind, m, 4096, 4096, hopper=True)
+    assert not isinstance(weight_config(kind, 64, 1024, 4096), Parts)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_dequantized_rows(kind, device):
     for n, k in ((100, 63), (17, 576), (1, 97)):

@@ -39,6 +39,6 @@ def columns(
         gptq_columns[(triton.cdiv(n, _ROWS), stack)](
             w, upper, table, groups, steps, errors, n, c, table.shape[2],
             LEVELS=levels, WIDTH=table.shape[3], BLOCK_N=_ROWS, BLOCK_C=max(triton.next_power_of_2(c), 16),
-            num_warps=4,
+            num_warps=4, enable_fp_fusion=True,
         )  # fmt: skip
     return steps, errors

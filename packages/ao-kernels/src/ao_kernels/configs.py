@@ -95,6 +95,8 @@ Config = Few | Many | Specialized | Registers | Parts | Decoded
 _Table = tuple[tuple[int, Config, Config | tuple[Config, Config]], ...]
 _DEEP = 8192
 _WIDE = 8192
+_SMALL = 2048
+_LEAST_PARTS = 5  # rows: for fewer a part of K to each warp is slower than eight in a product
 ANY = 1 << 62
 """Rows: as many as there are."""
 
@@ -119,7 +121,7 @@ _INT4_FINE: _Table = (
 )
 _INT4_FINE_HOPPER: _Table = (
     *_INT4_FINE[:3],
-    (8, Few(2, 64, 8, 2, 16, 4), Parts(8, 32, 16, 64, 4)),
+    (8, Parts(8, 64, 16, 64, 2), Parts(8, 32, 16, 64, 4)),
     (16, Parts(8, 64, 16, 64, 2), Parts(8, 32, 16, 64, 4)),
     (32, Registers(32, 8, 3, 1, 1), Parts(8, 32, 32, 64, 2)),
 )
@@ -195,12 +197,12 @@ _HOPPER: dict[str, tuple[int, _Table]] = {
             (1, Few(8, 16, 1, 4, 32, 4, copies=32), Few(8, 8, 1, 2, 32, 4, copies=32)),
             (2, Few(4, 32, 2, 2, 32, 4, copies=32), Few(4, 16, 2, 2, 32, 4, copies=32)),
             (4, Few(2, 32, 4, 2, 32, 5, copies=32), Few(4, 16, 4, 2, 32, 4)),
-            (8, Few(2, 32, 8, 2, 32, 4, copies=32), Parts(8, 32, 16, 64, 2)),
-            (16, Parts(8, 64, 16, 64, 2), (Parts(8, 32, 16, 64, 4), Parts(8, 32, 16, 64, 2))),
+            (8, Few(2, 32, 8, 2, 32, 4, copies=32), Parts(8, 32, 16, 32, 2)),
+            (16, Parts(8, 64, 16, 32, 2), (Parts(8, 32, 16, 32, 4), Parts(8, 32, 16, 32, 2))),
             (
                 32,
-                Parts(4, 64, 32, 64, 2),
-                (Registers(32, 8, 3, 1, 4, table=True), Parts(8, 32, 32, 64, 2)),
+                Parts(4, 64, 32, 32, 2),
+                (Registers(32, 8, 3, 1, 4, table=True), Parts(8, 32, 32, 32, 2)),
             ),
             (64, Registers(64, 8, 3, 1, 1, table=True), Registers(64, 8, 3, 1, 4, table=True)),
             (128, Registers(128, 6, 3, 1, 1, table=True), Registers(128, 6, 3, 1, 4, table=True)),
@@ -259,6 +261,8 @@ def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False, *, fi
         hopper: whether the kernels that are Hopper's alone can run.
         fine: groups hold no multiple of 64 columns.
     """
+    if hopper and (small := _small(kind, m, n)):
+        return small
     table = _TABLES[kind]
     if fine and kind in _FINE and m <= _FINE[kind][hopper][-1][0]:
         table = _FINE[kind][hopper]
@@ -270,6 +274,18 @@ def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False, *, fi
                 return wide
             return narrow[k < _DEEP] if isinstance(narrow, tuple) else narrow
     return Decoded()
+
+
+def _small(kind: str, m: int, n: int) -> Parts | None:
+    """On Hopper, for small outputs: tiles of 32 rows at most, one to a multiprocessor or less."""
+    block_m = 16 if m <= 16 else 32
+    tiles = -(-m // block_m) * -(-n // 32)
+    if n > _SMALL or m < _LEAST_PARTS or tiles > 128:
+        return None
+    size = 32 if kind == "nf4" else 64
+    if tiles <= 64:
+        return Parts(8, 16, block_m, size, 3 if kind in ("int4", "nf4") else 4)
+    return Parts(4 if kind == "int4" else 8, 32, block_m, size, 3)
 
 
 # Of a stack on Hopper, from so many rows an expert on.

@@ -140,6 +140,7 @@ def _from_registers(
         add_tiles[((tiles - whole) * (config.block_m // _ROWS),)](
             sums, given, out, m, n, config.group_m, whole, CUT=cut, BIAS=bias is not None,
             BLOCK_M=config.block_m, BLOCK_N=_BLOCK_N, ROWS=_ROWS, num_warps=4,
+            enable_fp_fusion=True,
         )  # fmt: skip
 
 

@@ -41,6 +41,7 @@ def quantize_rows(x: torch.Tensor, dtype: torch.dtype = torch.int8) -> tuple[tor
             activations.quantize_rows[(m,)](
                 x, codes, scale, k, x.stride(0), codes.stride(0), EPS=least, LARGEST=largest, BLOCK=block,
                 ONCE=k <= block, INTERPRET=interpreting(), num_warps=max(min(block // 512, 16), 1),
+                enable_fp_fusion=True,
             )  # fmt: skip
     return codes[:, :k], scale
 
@@ -118,6 +119,7 @@ def _launch(
     blocks = {
         **flags, "BLOCK_M": config.block_m, "BLOCK_N": config.block_n, "BLOCK_K": config.block_k,
         "GROUP_M": config.group_m, "STAGES": config.stages, "num_warps": config.warps,
+        "enable_fp_fusion": True,
     }  # fmt: skip
     if config.loads == "copy engine" and _has_copy_engine(x.device) and all(map(_copyable, (x, w))):
         from triton.tools.tensor_descriptor import TensorDescriptor

@@ -30,7 +30,7 @@ def rounded_tokens(x: torch.Tensor) -> torch.Tensor:
     if out.numel():
         round_tokens[(m,)](
             x, out, k, x.stride(0), out.stride(0), EPS=_EPS, BLOCK=block,
-            num_warps=max(min(block // 512, 16), 1),
+            num_warps=max(min(block // 512, 16), 1), enable_fp_fusion=True,
         )  # fmt: skip
     return out[:, :k]
 
@@ -41,8 +41,9 @@ def columns_in_order(x: torch.Tensor, width: int, size: int, dtype: Any) -> torc
     out = x.new_empty(x.shape[0], triton.cdiv(width, size) * 2 * size)
     block = 1024
     order_columns[(x.shape[0], triton.cdiv(out.shape[1], 2 * block))](
-        x, out, x.shape[1], x.stride(0), out.stride(0), BYTES=size, DTYPE=dtype, BLOCK=block
-    )
+        x, out, x.shape[1], x.stride(0), out.stride(0), BYTES=size, DTYPE=dtype, BLOCK=block,
+        enable_fp_fusion=True,
+    )  # fmt: skip
     return out
 
 

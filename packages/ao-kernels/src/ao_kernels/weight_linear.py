@@ -80,7 +80,7 @@ class Codes:
         return (codes.view(torch.uint8), scale, *rest)
 
     def constants(self, dtype: torch.dtype) -> dict[str, Any]:
-        """What each kernel is compiled for."""
+        """What each kernel is compiled for, and how."""
         zero = 0
         if self.zero is not None:
             zero = 1 if self.zero.is_floating_point() else 2
@@ -94,6 +94,7 @@ class Codes:
             "DTYPE": _TYPES[dtype],
             "GROUP": self.group_bytes,
             "INTERPRET": interpreting(),
+            "enable_fp_fusion": True,
         }
 
 
@@ -266,8 +267,9 @@ def add_up(parts: torch.Tensor, bias: torch.Tensor | None, given: torch.Tensor, 
     """``out`` ``[M, N]``: the sum of float32 ``parts`` ``[P, M, N]``, and the bias, then in ``given``."""
     block = 1024
     add_parts[(triton.cdiv(out.numel(), block),)](
-        parts, given, out, out.numel(), out.shape[1], PARTS=parts.shape[0], BIAS=bias is not None, BLOCK=block
-    )
+        parts, given, out, out.numel(), out.shape[1], PARTS=parts.shape[0], BIAS=bias is not None,
+        BLOCK=block, enable_fp_fusion=True,
+    )  # fmt: skip
 
 
 def _decoded(
@@ -304,7 +306,7 @@ def dequantized(
     size, block = weight.tile_bytes(64 if weight.packed else 128), 32
     dequantize[(triton.cdiv(n, block) * triton.cdiv(width, size),)](
         codes, *own, out, nf4_table(out), columns, width, stride, groups, *rest,
-        **weight.constants(torch.float32 if exact else dtype), ROWS=block, BYTES=size, N=n,
-        enable_fp_fusion=not exact,
+        **weight.constants(torch.float32 if exact else dtype) | {"enable_fp_fusion": not exact},
+        ROWS=block, BYTES=size, N=n,
     )  # fmt: skip
     return out
