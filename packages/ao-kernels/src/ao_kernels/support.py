@@ -18,14 +18,14 @@ HALVES = (torch.bfloat16, torch.float16)
 
 @functools.cache
 def hopper(device: torch.device) -> bool:
-    """Whether kernels can be specialized by warp: compute capability 9.0, and a Triton that has Gluon."""
+    """Whether the kernels in Gluon can run: compute capability 9.0, and a Triton that has it."""
     if device.type != "cuda" or interpreting() or torch.cuda.get_device_capability(device) != (9, 0):
         return False
     try:
-        importlib.import_module("ao_kernels.device.warp_specialized")
+        importlib.import_module("ao_kernels.hopper_linear")
     except (ImportError, AttributeError) as error:
         logger.warning(
-            "this triton lacks what the kernel for 17 to 1024 rows on Hopper needs (%s): a slower one runs. "
+            "this triton lacks what the kernels from 5 rows on for Hopper need (%s): slower ones run. "
             "pip install -U triton, 3.6 or newer",
             error,
         )

@@ -28,6 +28,7 @@ KINDS = ("int4", "nf4", "int8", "float8", "int8-dynamic")
 _MOST_SHARED = 200_000  # bytes of shared memory that tiles may take
 _SHARED = 231_000  # and those of the specialized kernel, which runs alone on a multiprocessor
 _TABLE = 33_000  # of these, of NF4 levels
+_MOST_PARTS = 128  # tiles of 32 rows and columns beyond 32 rows
 _SHARED_UNASKED = 48 << 10  # and one with a table, for which Triton does not ask for more
 _ROUNDS = ((4, 3), (8, 3), (20, 1))  # replays, and by how much the field is cut after them
 
@@ -109,7 +110,7 @@ def _of_hopper(cell: Cell) -> Iterator[Tiles]:
     if cell.rows >= 16:
         yield from _registers(cell)
         yield from _specialized(cell)
-    if 4 < cell.rows <= 32:
+    if cell.rows > 4 and (cell.rows <= 32 or -(-cell.rows // 32) * -(-cell.n // 32) <= _MOST_PARTS):
         yield from _parts(cell)
 
 

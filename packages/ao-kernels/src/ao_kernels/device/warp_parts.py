@@ -225,7 +225,7 @@ def warp_parts(
             x = x_ring.index(i % RING).load(runs(BLOCK_M, PARTS, COLUMNS, (1, 2, 4)))
             own = scales.index(i - first if SCALED else 0)
             acc = _multiply(acc, words, x, own, copy, KIND, SCALED, DTYPE, PARTS, mma)
-            if i + RING < steps:
+            if i + RING < steps:  # what was read of the slot has gone into products by now
                 wait_for_all()
                 _fetch(x_desc, codes_desc, x_ring, ring, full, row, column, i + RING)
         if SCALED and LONG:
