@@ -9,7 +9,7 @@ from kernel_weights import KINDS, LEAST, codes
 import ao_core as ao
 from ao_core.numerics import pack
 from ao_core.testing.kernels import poisoned_memory
-from ao_kernels import int8_mm
+from ao_kernels import int8_mm, support
 from ao_kernels.configs import Decoded, Few, Gemm, Many, Parts, Registers, Specialized, weight_config
 from ao_kernels.support import hopper
 from ao_kernels.weight_linear import Codes, dequantized, rows_of, weight_linear
@@ -172,6 +172,18 @@ def test_small_outputs_on_hopper_take_a_program_to_a_multiprocessor(kind):
     for m, n in ((4, 1024), (128, 2048), (129, 1024), (64, 4096)):
         assert weight_config(kind, m, n, 4096, hopper=True) == weight_config(kind, m, 4096, 4096, hopper=True)
     assert not isinstance(weight_config(kind, 64, 1024, 4096), Parts)
+
+
+def test_without_gluon_the_other_kernels_run_and_a_warning_says_why(monkeypatch, caplog):
+    def missing(name):
+        raise ImportError(f"no gluon for {name}")
+
+    monkeypatch.setattr(support, "interpreting", lambda: False)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(support.importlib, "import_module", missing)
+    assert not support.hopper.__wrapped__(torch.device("cuda"))
+    assert "no gluon for ao_kernels.hopper_linear" in caplog.text
+    assert "pip install -U triton" in caplog.text
 
 
 @pytest.mark.parametrize("kind", KINDS)
