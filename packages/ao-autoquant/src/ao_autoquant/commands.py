@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json as writer
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -212,4 +211,4 @@ def _print(data: Any) -> None:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr)  # noqa: T201
+    typer.echo(text, err=True)
