@@ -10,6 +10,7 @@ import ao_core as ao
 from ao_core.numerics import pack
 from ao_core.testing.kernels import poisoned_memory
 from ao_kernels import int8_mm, support
+from ao_kernels import weight_linear as launching
 from ao_kernels.configs import Decoded, Few, Gemm, Many, Parts, Registers, Specialized, weight_config
 from ao_kernels.support import hopper
 from ao_kernels.weight_linear import Codes, dequantized, rows_of, weight_linear
@@ -146,6 +147,16 @@ def test_what_the_copy_engine_cannot_read_goes_another_way(kind, device):
         ):
             found = weight_linear(x.to(device), weight, None, config)
             assert ao.sqnr(x.double() @ values.t(), found.cpu()) > LEAST[torch.float16]
+
+
+def test_groups_too_fine_for_parts_of_k_go_through_registers(monkeypatch):
+    monkeypatch.setattr(launching, "hopper", lambda device: True)
+    x = torch.zeros(20, 320, dtype=torch.bfloat16)
+    for group_size, kind in ((40, Registers), (32, Parts), (96, Parts), (-1, Parts)):
+        scale = torch.ones(7, 1 if group_size < 0 else -(-320 // group_size))
+        weight = Codes("int4", torch.zeros(7, 160, dtype=torch.uint8), scale, group_size)
+        found = launching._runnable(Parts(4, 64, 32, 64, 2), weight, x)
+        assert isinstance(found, kind) and found.block_m == 32, group_size
 
 
 @pytest.mark.parametrize("kind", ["int4", "nf4", "int8", "float8"])

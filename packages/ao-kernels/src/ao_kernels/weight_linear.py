@@ -158,23 +158,19 @@ _MOST_SCALES = 2**31  # that 32 bits count
 
 
 def _runnable(config: Config, weight: Codes, rows: torch.Tensor) -> Config:
-    """``config``, or another where the copy engine can't read operands, or a grid can't hold the tiles."""
+    """``config``, or another where scales or operands can't be read so, or a grid can't hold the tiles."""
+    if isinstance(config, Parts):
+        few = triton.cdiv(rows.shape[0], config.block_m) <= _MOST_PROGRAMS
+        if not few or weight.tile_bytes(config.bytes) < _LEAST_BYTES:
+            config = Registers(config.block_m, 8, 3, 1, 4, weight.kind == "nf4")
     if isinstance(config, (Specialized, Registers, Parts)):
-        readable_words = readable(rows, weight, words=not isinstance(config, Specialized))
-        if readable_words and _fits(config, weight, rows) and hopper(rows.device):
+        if readable(rows, weight, words=not isinstance(config, Specialized)) and hopper(rows.device):
             return config
         n, k = weight.codes.shape[0], rows.shape[1]
         config = weight_config(weight.kind, rows.shape[0], n, k, fine=weight.fine)
     if isinstance(config, (Few, Many)) and triton.cdiv(rows.shape[0], config.block_m) > _MOST_PROGRAMS:
         return Decoded()
     return config
-
-
-def _fits(config: Config, weight: Codes, rows: torch.Tensor) -> bool:
-    if not isinstance(config, Parts):
-        return True
-    few_enough = triton.cdiv(rows.shape[0], config.block_m) <= _MOST_PROGRAMS
-    return few_enough and weight.tile_bytes(config.bytes) >= _LEAST_BYTES
 
 
 def readable(x: torch.Tensor, weight: Codes, *, words: bool) -> bool:
