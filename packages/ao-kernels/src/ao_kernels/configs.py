@@ -96,7 +96,8 @@ _Table = tuple[tuple[int, Config, Config | tuple[Config, Config]], ...]
 _DEEP = 8192
 _WIDE = 8192
 _SMALL = 2048
-_LEAST_PARTS = 5  # rows: for fewer a part of K to each warp is slower than eight in a product
+LEAST_PARTS = 5
+"""Rows: for fewer a part of K to each warp is slower than eight in a product."""
 ANY = 1 << 62
 """Rows: as many as there are."""
 
@@ -276,11 +277,16 @@ def weight_config(kind: str, m: int, n: int, k: int, hopper: bool = False, *, fi
     return Decoded()
 
 
+def few_tiles(m: int, n: int) -> int:
+    """Tiles of 32 columns and of 16 or 32 rows, if they are one to a multiprocessor or less; else 0."""
+    tiles = -(-m // (16 if m <= 16 else 32)) * -(-n // 32)
+    return tiles if tiles <= 128 else 0
+
+
 def _small(kind: str, m: int, n: int) -> Parts | None:
-    """On Hopper, for small outputs: tiles of 32 rows at most, one to a multiprocessor or less."""
-    block_m = 16 if m <= 16 else 32
-    tiles = -(-m // block_m) * -(-n // 32)
-    if n > _SMALL or m < _LEAST_PARTS or tiles > 128:
+    """On Hopper, for small outputs."""
+    tiles, block_m = few_tiles(m, n), 16 if m <= 16 else 32
+    if n > _SMALL or m < LEAST_PARTS or not tiles:
         return None
     size = 32 if kind == "nf4" else 64
     if tiles <= 64:

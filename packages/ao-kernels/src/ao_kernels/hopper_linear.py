@@ -12,7 +12,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ao_kernels.configs import Parts, Registers, Specialized
 from ao_kernels.device.from_registers import from_registers
 from ao_kernels.device.pieces import add_tiles
-from ao_kernels.device.warp_parts import warp_parts
+from ao_kernels.device.warp_parts import SCALES, warp_parts
 from ao_kernels.device.warp_specialized import warp_specialized
 from ao_kernels.weight_linear import Codes, add_up, strides
 
@@ -89,7 +89,7 @@ def _warp_parts(
     slot = config.parts * size
     ring = config.ring
     if weight.kind == "nf4":  # Triton knows nothing of their table, and only asks for more if its own is more
-        own = 4 * _SCALES * config.block_n if weight.group_bytes else 0
+        own = 4 * SCALES.value * config.block_n if weight.group_bytes else 0
         ring = max(ring, triton.cdiv(_UNASKED - own, slot * (config.block_n + 4 * config.block_m)))
     _, *sizes = strides(weight, codes, parameters[0])
     warp_parts[(triton.cdiv(n, config.block_n), triton.cdiv(m, config.block_m))](
@@ -97,12 +97,11 @@ def _warp_parts(
         _tiles(codes.view(torch.int32), config.block_n, slot // 4), *parameters, x if bias is None else bias,
         out, m, n, width, *sizes, **_constants(weight, x), BIAS=bias is not None, PARTS=config.parts,
         BLOCK_N=config.block_n, BLOCK_M=config.block_m, BYTES=size, RING=ring,
-        LONG=triton.cdiv(width, slot) * config.parts > _SCALES, num_warps=config.parts,
+        LONG=triton.cdiv(width, slot) * config.parts > SCALES.value, num_warps=config.parts,
     )  # fmt: skip
 
 
 _UNASKED = (48 << 10) + 1  # bytes of shared memory
-_SCALES = 32  # of a row of the weight that warp_parts keeps at once
 _BLOCK_N = 128  # columns of a tile
 _ROWS = 8  # of a tile that a program adds up
 _EXPERTS = 128  # at least: as many as threads look them up

@@ -32,8 +32,7 @@ MOST_ROWS = 8192
 _FORMAT = 1
 _CLASSES = {
     "few": Few, "many": Many, "specialized": Specialized, "registers": Registers, "parts": Parts,
-    "decoded": Decoded,
-    "gemm": Gemm,
+    "decoded": Decoded, "gemm": Gemm,
 }  # fmt: skip
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS tiles (

@@ -10,6 +10,7 @@ import torch
 
 from ao_core import AoError
 from ao_kernels.configs import (
+    LEAST_PARTS,
     Decoded,
     Few,
     Gemm,
@@ -17,6 +18,7 @@ from ao_kernels.configs import (
     Parts,
     Registers,
     Specialized,
+    few_tiles,
     int8_config,
     weight_config,
 )
@@ -28,7 +30,6 @@ KINDS = ("int4", "nf4", "int8", "float8", "int8-dynamic")
 _MOST_SHARED = 200_000  # bytes of shared memory that tiles may take
 _SHARED = 231_000  # and those of the specialized kernel, which runs alone on a multiprocessor
 _TABLE = 33_000  # of these, of NF4 levels
-_MOST_PARTS = 128  # tiles of 32 rows and columns beyond 32 rows
 _SHARED_UNASKED = 48 << 10  # and one with a table, for which Triton does not ask for more
 _ROUNDS = ((4, 3), (8, 3), (20, 1))  # replays, and by how much the field is cut after them
 
@@ -110,7 +111,7 @@ def _of_hopper(cell: Cell) -> Iterator[Tiles]:
     if cell.rows >= 16:
         yield from _registers(cell)
         yield from _specialized(cell)
-    if cell.rows > 4 and (cell.rows <= 32 or -(-cell.rows // 32) * -(-cell.n // 32) <= _MOST_PARTS):
+    if cell.rows >= LEAST_PARTS and (cell.rows <= 32 or few_tiles(cell.rows, cell.n)):
         yield from _parts(cell)
 
 

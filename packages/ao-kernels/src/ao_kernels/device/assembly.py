@@ -50,22 +50,22 @@ _NF4_HALF = """
     prmt.b32 {odd}, c, a, 0x7351;
 """
 
-# $0, $1: bytes 0 to 3 as floats. Exponent and mantissa of two bytes move into place with their signs: of the
-# lower one from a byte that repeats it, of the upper one as a shift does. The exponent's bias is made up for
-# by a multiplication, which is right for subnormal numbers too.
-FLOAT8_BYTES = """{{
+# Registers a, b: bytes 0 to 3 of {word} as floats. Exponent and mantissa of two bytes move into place with
+# their signs: of the lower one from a byte that repeats it, of the upper one as a shift does. The exponent's
+# bias is made up for by a multiplication, which is right for subnormal numbers too.
+_FLOAT8 = """
     .reg .b32 a, b, factor, zero;
     mov.b32 factor, {factor};
     mov.b32 zero, 0x80008000;
-    prmt.b32 a, $2, 0, 0x1804;
-    prmt.b32 b, $2, 0, 0x3a24;
+    prmt.b32 a, {word}, 0, 0x1804;
+    prmt.b32 b, {word}, 0, 0x3a24;
     shr.s32 a, a, {shift};
     shr.s32 b, b, {shift};
     and.b32 a, a, {mask};
     and.b32 b, b, {mask};
-    fma.rn.{dtype} $0, a, factor, zero;
-    fma.rn.{dtype} $1, b, factor, zero;
-}}"""
+    fma.rn.{dtype} a, a, factor, zero;
+    fma.rn.{dtype} b, b, factor, zero;
+"""
 
 # The same decoding, and scaling: nibbles less a middle, times a scale, plus a midpoint. $0 to $3 as above;
 # $4: the bytes; $5, $6: the middle, negative; $7, $8: the scale; $9, $10: the midpoint.
@@ -123,6 +123,12 @@ INTEGERS = """{{
 def signed_asm(half: bool, pair: str) -> str:
     """Assembly that makes two floats of bytes 0 and 2 of the register ``pair``, whatever the other two."""
     return (_SIGNED_FLOAT16 if half else _SIGNED_BFLOAT16).format(pair=pair)
+
+
+def float8_asm(half: bool, word: str, outputs: str) -> str:
+    """Assembly that makes floats of the four e4m3 bytes of ``word``, in ``a`` and ``b``; then ``outputs``."""
+    numbers = FOR_FLOAT16 if half else FOR_BFLOAT16
+    return "{" + _FLOAT8.format(word=word, **numbers) + outputs + "}"
 
 
 def bits_of(value: float, half: bool) -> int:

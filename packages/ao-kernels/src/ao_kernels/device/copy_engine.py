@@ -7,8 +7,9 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
-copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # until Triton 3.6
-wait_for_all = getattr(gl, "thread_barrier", None) or gl.barrier  # the same
+# Each by its name in the latest Triton, or that of 3.6.
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+wait_for_all = getattr(gl, "barrier", None) or gl.thread_barrier
 """Until all threads of the program, or of its task, are here."""
 
 _PUBLIC = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
@@ -20,5 +21,5 @@ def reshaped(memory, DTYPE: gl.constexpr, SHAPE: gl.constexpr, LAYOUT: gl.conste
     if _PUBLIC:
         view = memory.reinterpret(DTYPE, SHAPE, LAYOUT)
     else:
-        view = memory._reinterpret(DTYPE, SHAPE, LAYOUT)  # until Triton 3.6
+        view = memory._reinterpret(DTYPE, SHAPE, LAYOUT)
     return view

@@ -13,7 +13,6 @@ import triton
 import triton.language as tl
 
 from ao_kernels.device.assembly import (
-    FLOAT8_BYTES,
     FOR_BFLOAT16,
     FOR_FLOAT16,
     INTEGERS,
@@ -22,6 +21,7 @@ from ao_kernels.device.assembly import (
     NF4_LEVELS,
     NIBBLES,
     SCALED_NIBBLES,
+    float8_asm,
     float_bits,
     nf4_asm,
 )
@@ -38,8 +38,9 @@ _SCALED_BFLOAT16 = tl.constexpr(SCALED_NIBBLES.format(**FOR_BFLOAT16))
 _SCALED_FLOAT16 = tl.constexpr(SCALED_NIBBLES.format(**FOR_FLOAT16))
 _INTEGERS_BFLOAT16 = tl.constexpr(INTEGERS.format(**FOR_BFLOAT16))
 _INTEGERS_FLOAT16 = tl.constexpr(INTEGERS.format(**FOR_FLOAT16))
-_E4M3_BFLOAT16 = tl.constexpr(FLOAT8_BYTES.format(**FOR_BFLOAT16))
-_E4M3_FLOAT16 = tl.constexpr(FLOAT8_BYTES.format(**FOR_FLOAT16))
+_E4M3_BFLOAT16, _E4M3_FLOAT16 = (
+    tl.constexpr(float8_asm(half, "$2", "mov.b32 $0, a; mov.b32 $1, b;")) for half in (False, True)
+)
 
 
 @triton.jit

@@ -12,23 +12,28 @@ from triton.language.extra.cuda import num_warps
 
 from ao_kernels.device.assembly import NF4_BITS_BFLOAT16, NF4_BITS_FLOAT16, level_asm
 
-# $0 to $3: levels of bytes 0, 2, 1 and 3 of a word, that of the low code in the low half; $4: the word.
-# level_copy: where the lane's copy of the table starts. {bytes}: from an entry to the next.
-_LOOK_UP = """{{
+# Registers a to d: levels of bytes 0 to 3 of {word}, that of the low code in the low half. {copy}: where the
+# lane's copy of the table starts; {bytes}: from an entry to the next.
+_LOOK_UP = """
     .reg .b32 a, b, c, d;
-    and.b32 a, $4, 255;
-    prmt.b32 b, $4, 0, 0x4441;
-    prmt.b32 c, $4, 0, 0x4442;
-    shr.u32 d, $4, 24;
-    mad.lo.u32 a, a, {bytes}, level_copy;
-    mad.lo.u32 b, b, {bytes}, level_copy;
-    mad.lo.u32 c, c, {bytes}, level_copy;
-    mad.lo.u32 d, d, {bytes}, level_copy;
-    ld.shared.b32 $0, [a];
-    ld.shared.b32 $1, [c];
-    ld.shared.b32 $2, [b];
-    ld.shared.b32 $3, [d];
-}}"""
+    and.b32 a, {word}, 255;
+    prmt.b32 b, {word}, 0, 0x4441;
+    prmt.b32 c, {word}, 0, 0x4442;
+    shr.u32 d, {word}, 24;
+    mad.lo.u32 a, a, {bytes}, {copy};
+    mad.lo.u32 b, b, {bytes}, {copy};
+    mad.lo.u32 c, c, {bytes}, {copy};
+    mad.lo.u32 d, d, {bytes}, {copy};
+    ld.shared.b32 a, [a];
+    ld.shared.b32 b, [b];
+    ld.shared.b32 c, [c];
+    ld.shared.b32 d, [d];
+"""
+
+
+def looking_up_asm(word: str, copy: str, copies: int, outputs: str) -> str:
+    """Assembly that looks up the eight codes of ``word``, into ``a`` to ``d``; then ``outputs``."""
+    return "{" + _LOOK_UP.format(word=word, copy=copy, bytes=4 * copies) + outputs + "}"
 
 
 def _fill_asm(half: bool, copies: int, warps: int) -> str:
@@ -67,7 +72,11 @@ def _fill_asm(half: bool, copies: int, warps: int) -> str:
     return "\n".join(["{", *lines, "}"])
 
 
-LOOKING_UP = tl.constexpr({copies: _LOOK_UP.format(bytes=4 * copies) for copies in (16, 32)})
+# $0 to $3: of bytes 0, 2, 1 and 3 of the word $4.
+_EVEN_BEFORE_ODD = "mov.b32 $0, a; mov.b32 $1, c; mov.b32 $2, b; mov.b32 $3, d;"
+LOOKING_UP = tl.constexpr(
+    {copies: looking_up_asm("$4", "level_copy", copies, _EVEN_BEFORE_ODD) for copies in (16, 32)}
+)
 FILLING = tl.constexpr(
     {
         100 * copies + 2 * warps + half: _fill_asm(half == 1, copies, warps)

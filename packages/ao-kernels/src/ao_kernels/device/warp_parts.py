@@ -21,8 +21,11 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from ao_kernels.device.copy_engine import copy_tile, reshaped, wait_for_all
 from ao_kernels.device.decode import INT4, NF4, above
 from ao_kernels.device.levels import fill_levels, lane_copy
-from ao_kernels.device.scales import load_scales, scale_of
+from ao_kernels.device.scales import load_row_scales, scale_of
 from ao_kernels.device.words import bits, column_of, columns_in_order, left_operand, right_operand, runs
+
+SCALES = gl.constexpr(32)
+"""Of a row of the weight, in a table in shared memory: one for each step and part."""
 
 
 @gluon.constexpr_function
@@ -56,10 +59,9 @@ def _load_scales(
     n = gl.expand_dims(gl.minimum(n, N - 1).to(gl.int64), 0)
     part = gl.expand_dims(gl.arange(0, STEPS * PARTS, gl.SliceLayout(1, layout)), 1)
     byte = (first_step * PARTS + part) * BYTES + n.to(gl.int32) * 0
-    raw = load_scales(
-        stored[0] + n * groups, stored[1] + n * groups, stored[2] + n * scalers, stored[3] + n * scalers,
-        byte, groups, scaler_size, ZERO, CODED, GROUP,
-    )  # fmt: skip
+    raw = load_row_scales(
+        stored[0], stored[1], stored[2], stored[3], n, byte, groups, scalers, scaler_size, ZERO, CODED, GROUP
+    )
     return _widened(raw[0]), _widened(raw[1]), _widened(raw[2]), _widened(raw[3])
 
 
@@ -172,14 +174,14 @@ def warp_parts(
         BLOCK_N: 16 or more.
         BLOCK_M: 16 or 32.
         BYTES: of a row of codes to a part, 16 or more.
-        LONG: whether there are more steps than a table of scales has.
+        LONG: whether a row has more than ``SCALES`` parts: tables take turns.
         num_warps: ``PARTS``.
     """
     EACH: gl.constexpr = 8 if KIND == INT4 or KIND == NF4 else 4
     WORDS: gl.constexpr = BYTES // 4
     COLUMNS: gl.constexpr = EACH * WORDS
     SCALED: gl.constexpr = GROUP > 0 or KIND == INT4 or CODED > 0
-    STEPS: gl.constexpr = 32 // PARTS
+    STEPS: gl.constexpr = SCALES // PARTS
     TABLES: gl.constexpr = 2 if LONG else 1
     mma: gl.constexpr = gl.NVMMADistributedLayout(
         version=[2, 0], warps_per_cta=[PARTS, 1, 1], instr_shape=[1, 16, 8]

@@ -15,8 +15,9 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from ao_kernels.device.assembly import FOR_BFLOAT16, FOR_FLOAT16, signed_asm
+from ao_kernels.device.assembly import FOR_BFLOAT16, FOR_FLOAT16, float8_asm, signed_asm
 from ao_kernels.device.decode import INT4, INT8, NF4
+from ao_kernels.device.levels import looking_up_asm
 
 # $0 to $7: the codes of the word $8, from the lowest, plus 128 (1024 with float16). Codes 0 and 4 share a
 # register, 1 and 5, 2 and 6, 3 and 7.
@@ -35,27 +36,6 @@ _NIBBLES = """{{
     mov.b32 {{$3, $7}}, d;
 }}"""
 
-# The same of NF4 levels; neighbours share a register. $9: the lane's copy of the table.
-_LEVELS = """{
-    .reg .b32 a, b, c, d;
-    and.b32 a, $8, 255;
-    prmt.b32 b, $8, 0, 0x4441;
-    prmt.b32 c, $8, 0, 0x4442;
-    shr.u32 d, $8, 24;
-    mad.lo.u32 a, a, 128, $9;
-    mad.lo.u32 b, b, 128, $9;
-    mad.lo.u32 c, c, 128, $9;
-    mad.lo.u32 d, d, 128, $9;
-    ld.shared.b32 a, [a];
-    ld.shared.b32 b, [b];
-    ld.shared.b32 c, [c];
-    ld.shared.b32 d, [d];
-    mov.b32 {$0, $1}, a;
-    mov.b32 {$2, $3}, b;
-    mov.b32 {$4, $5}, c;
-    mov.b32 {$6, $7}, d;
-}"""
-
 # $0 to $3: the signed bytes of the word $4. Bytes 0 and 2 share a register, and 1 and 3.
 _INTEGERS = """{{
     .reg .b32 a, b;
@@ -67,32 +47,19 @@ _INTEGERS = """{{
     mov.b32 {{$1, $3}}, b;
 }}"""
 
-# The same of float8 e4m3, as in assembly.FLOAT8_BYTES; neighbours share a register.
-_FLOAT8 = """{{
-    .reg .b32 a, b, factor, zero;
-    mov.b32 factor, {factor};
-    mov.b32 zero, 0x80008000;
-    prmt.b32 a, $4, 0, 0x1804;
-    prmt.b32 b, $4, 0, 0x3a24;
-    shr.s32 a, a, {shift};
-    shr.s32 b, b, {shift};
-    and.b32 a, a, {mask};
-    and.b32 b, b, {mask};
-    fma.rn.{dtype} a, a, factor, zero;
-    fma.rn.{dtype} b, b, factor, zero;
-    mov.b32 {{$0, $1}}, a;
-    mov.b32 {{$2, $3}}, b;
-}}"""
+# Where the levels of the word $8 go ($9: the lane's copy of the table), and the floats of float8's bytes, $4:
+# neighbours share a register.
+_LEVELS = "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b; mov.b32 {$4, $5}, c; mov.b32 {$6, $7}, d;"
+_FLOAT8 = "mov.b32 {$0, $1}, a; mov.b32 {$2, $3}, b;"
 
 _NIBBLES_BFLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_BFLOAT16))
 _NIBBLES_FLOAT16 = tl.constexpr(_NIBBLES.format(**FOR_FLOAT16))
-_LOOKED_UP = tl.constexpr(_LEVELS)
+_LOOKED_UP = tl.constexpr(looking_up_asm("$8", "$9", 32, _LEVELS))
 _INTEGERS_BFLOAT16 = tl.constexpr(
     _INTEGERS.format(first=signed_asm(False, "a"), second=signed_asm(False, "b"))
 )
 _INTEGERS_FLOAT16 = tl.constexpr(_INTEGERS.format(first=signed_asm(True, "a"), second=signed_asm(True, "b")))
-_FLOAT8_BFLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_BFLOAT16))
-_FLOAT8_FLOAT16 = tl.constexpr(_FLOAT8.format(**FOR_FLOAT16))
+_FLOAT8_BFLOAT16, _FLOAT8_FLOAT16 = (tl.constexpr(float8_asm(half, "$4", _FLOAT8)) for half in (False, True))
 
 
 @gluon.constexpr_function
